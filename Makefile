@@ -1,0 +1,73 @@
+# Everything runs in .venv, which the first target that needs it makes; nothing needs root.
+# More options for a target's command go in ARGS: make test ARGS="-k reports -x"
+# Another Python: make setup PYTHON=/path/to/python3.12
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first of these whose version is supported makes .venv.
+CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+# A user's own pip settings must not install outside .venv.
+export PIP_USER := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab reference clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.ready ## Make .venv and install everything in it (about 3 GB of disk)
+
+demo: $(VENV)/.ready ## Run the whole of it small, and write a report (6 minutes on 2 cores)
+	$(RUN) -m cifar_lib demo $(ARGS)
+
+test: $(VENV)/.ready-test ## Check the style and run the tests (6 minutes on 2 cores)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest $(ARGS)
+
+lab: $(VENV)/.ready ## Open the notebooks in JupyterLab
+	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' \
+	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
+
+reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ again (70 minutes on 2 cores)
+	$(RUN) -m cifar_lib reference $(ARGS)
+
+clean: ## Delete .venv and caches; runs/ and the data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@if ! $(RUN) -c '$(SUPPORTED)' 2>/dev/null; then \
+	    python=; \
+	    for candidate in $(CANDIDATES); do \
+	        if $$candidate -c '$(SUPPORTED)' 2>/dev/null; then python=$$candidate; break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "This needs Python 3.11, 3.12 or 3.13, and none of these is one:"; \
+	        for candidate in $(CANDIDATES); do \
+	            echo "  $$candidate: $$($$candidate --version 2>/dev/null || echo not found)"; \
+	        done; \
+	        echo "Install one and name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12"; \
+	        exit 1; \
+	    fi >&2; \
+	    if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	        package=$$($$python -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	        echo "$$python cannot make virtual environments: its venv module is missing." >&2; \
+	        echo "On Debian and Ubuntu: sudo apt install $$package (or python3-venv)" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making $(VENV) with $$($$python --version)"; \
+	    $$python -m venv --clear $(VENV) || exit 1; \
+	fi
+	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# JAX is for the tests of KERAS_BACKEND=jax alone. The constraint keeps the pinned versions.
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(RUN) -m pip install --constraint requirements.txt --no-build-isolation --editable '.[jax]'
+	@touch $@
