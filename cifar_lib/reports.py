@@ -1,0 +1,449 @@
+"""Run notebooks without a person, and make web pages of them that open from disk, offline.
+
+papermill runs the notebooks; Sphinx with MyST-NB and the theme furo makes the pages.
+"""
+
+import base64
+import contextlib
+import copy
+import html
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from nbformat import NotebookNode
+from PIL import Image
+
+from cifar_lib import ROOT
+
+KERNEL = "python3"
+STYLE = Path(__file__).with_suffix(".css")
+# The list of what the last rendering wrote, so that the next one deletes nothing else.
+MANIFEST = ".files.json"
+# Pictures of the index, in pixels; the pages show the full ones.
+PICTURE_SIZE = (1200, 800)
+# Documents of Sphinx itself, which no page may be named after.
+RESERVED = {"index", "search", "genindex"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
+# papermill puts cells with this tag before the title and before the cell that failed.
+ERROR_MARKER = "papermill-error-cell-tag"
+
+SPHINX = {
+    "extensions": ["myst_nb"],
+    "nb_execution_mode": "off",
+    "nb_merge_streams": True,
+    "nb_render_markdown_format": "gfm",
+    "nb_code_prompt_show": "Show the code",
+    "nb_code_prompt_hide": "Hide the code",
+    # What draws widgets and formulas would come from the network.
+    "nb_ipywidgets_js": {},
+    "nb_mime_priority_overrides": [("*", "text/latex", None)],
+    "myst_update_mathjax": False,
+    # Headings that skip a level, and outputs that only a kernel can show, are no fault.
+    "suppress_warnings": ["myst.header", "mystnb.mime_type"],
+    "html_theme": "furo",
+    "html_css_files": ["report.css"],
+    "html_copy_source": False,
+    "html_show_sourcelink": False,
+    "html_show_search_summary": False,
+    "html_show_copyright": False,
+    "html_show_sphinx": False,
+    "html_use_index": False,
+    "pygments_style": "friendly",
+}
+
+
+class NotebookError(Exception):
+    """A notebook failed while it ran; its executed copy holds the error."""
+
+
+class ReportError(Exception):
+    """No report can be made of these notebooks."""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """An executed notebook as the report shows it, without what changes from run to run."""
+
+    name: str
+    notebook: NotebookNode
+    title: str
+    abstract: str
+    picture: bytes | None
+    failure: str | None
+
+
+def execute(
+    notebook: Path, output: Path, parameters: Mapping[str, Any], *, echo: bool = False
+) -> None:
+    """Run a notebook from top to bottom in a fresh kernel, with the repository as its folder.
+
+    Args:
+        notebook: the notebook; it is not changed.
+        output: where the executed notebook goes. It is written after every cell, so that it shows
+            how far a run came that was killed.
+        parameters: what papermill injects after the cell tagged `parameters`.
+        echo: print what the cells print, as it comes.
+
+    Raises:
+        NotebookError: a cell failed or the kernel died; `output` holds the error.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            dict(parameters),
+            kernel_name=KERNEL,
+            cwd=ROOT,
+            progress_bar=False,
+            # The kernel's own warnings (about its sockets) tell the reader nothing.
+            extra_arguments=["--log-level=40"],
+            stdout_file=sys.stdout if echo else None,
+            stderr_file=sys.stderr if echo else None,
+        )
+    except papermill.PapermillExecutionError:
+        pass
+    except DeadKernelError:
+        _record_death(output)
+    error = failure(output)
+    if error:
+        raise NotebookError(f"{notebook} failed in {error}\nIts executed copy is {output}")
+
+
+def failure(executed: Path) -> str | None:
+    """The error that ended an executed notebook, with its cell; None if there is none.
+
+    Raises:
+        ReportError: the file is not a notebook.
+    """
+    return _failure(_read(executed))
+
+
+def render(
+    executed: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    dataset_title: str,
+    introduction: str = "",
+    headline: pd.DataFrame | None = None,
+    environment: Mapping[str, Any] | None = None,
+    readme: bool = False,
+) -> Path:
+    """Make a folder of web pages: an index, and a page for each executed notebook.
+
+    The pages load nothing from the network. A page that would not change is not written again;
+    pages of an earlier report in the same folder that are no longer in it are deleted.
+
+    Args:
+        executed: executed notebooks, in the order of the index; a page is named after its file, or
+            after the run folder if the file is called `notebook.ipynb`.
+        out: the folder of the report.
+        title: the name of the report.
+        dataset_title: `Dataset.title`. If it is not "CIFAR-100", a banner on every page shows it.
+        introduction: Markdown for the top of the index.
+        headline: the numbers that the index shows first; fractions are shown with four digits.
+        environment: what the results were made with, as in a run's `environment.json`: values are
+            text, numbers, None or a mapping of these.
+        readme: also write the index as `README.md`, which a code host shows.
+
+    Returns:
+        the path of `index.html`.
+
+    Raises:
+        ReportError: there is no notebook, a file is not a notebook, two pages have one name, or
+            Sphinx failed.
+    """
+    if not executed:
+        raise ReportError("a report needs at least one executed notebook; none was given")
+    pages = [_page(path) for path in executed]
+    for page, path in zip(pages, executed, strict=True):
+        if page.name in RESERVED or [other.name for other in pages].count(page.name) > 1:
+            raise ReportError(f"two pages would be called {page.name!r}: rename {path}")
+    banner = "" if dataset_title == "CIFAR-100" else f"Made with a {dataset_title}"
+    overview = _overview(pages, title, dataset_title, banner, introduction, headline, environment)
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder, "source"), Path(folder, "built")
+        _write_source(source, pages, overview, dataset_title)
+        _run_sphinx(source, built, title, banner)
+        if readme:
+            note = "Clone the repository and open `index.html` for the pages with all figures.\n"
+            (built / "README.md").write_text(f"{overview}\n{note}", encoding="utf-8")
+        _publish(built, out)
+    return out / "index.html"
+
+
+def _read(path: Path) -> NotebookNode:
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise ReportError(f"{path} cannot be read as a notebook: {error}") from error
+    notebook.cells = [
+        cell for cell in notebook.cells if ERROR_MARKER not in cell.metadata.get("tags", [])
+    ]
+    return notebook
+
+
+def _record_death(executed: Path) -> None:
+    """Add an error to the cell in which the kernel died, which could not report one itself."""
+    notebook = nbformat.read(executed, as_version=4)
+    cell = next(
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"
+    )
+    message = "the kernel died, often because the memory was full"
+    cell.outputs.append(
+        nbformat.v4.new_output(
+            "error",
+            ename="DeadKernelError",
+            evalue=message,
+            traceback=[f"DeadKernelError: {message}"],
+        )
+    )
+    nbformat.write(notebook, executed)
+
+
+def _failure(notebook: NotebookNode) -> str | None:
+    for number, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            if output.output_type != "error":
+                continue
+            if output.ename == "SystemExit" and output.evalue in ("", "0"):
+                continue
+            prompt = f" (In [{cell.execution_count}])" if cell.execution_count else ""
+            return f"cell {number}{prompt}: {output.ename}: {output.evalue}"
+    return None
+
+
+def _page(path: Path) -> _Page:
+    notebook = _read(path)
+    _remove_volatile(notebook)
+    name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.stem == "notebook" else path.stem)
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {name}", id="title"))
+    heading, _, rest = notebook.cells[0].source.partition("\n")
+    try:
+        picture = _picture(notebook)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} holds a picture that cannot be read: {error}") from error
+    return _Page(
+        name=name,
+        notebook=notebook,
+        title=heading.removeprefix("# ").strip(),
+        abstract=rest.strip().partition("\n\n")[0],
+        picture=picture,
+        failure=_failure(notebook),
+    )
+
+
+def _remove_volatile(notebook: NotebookNode) -> None:
+    """Remove times, paths of this machine and random identifiers, and what only a kernel shows."""
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output for output in cell.outputs if WIDGET not in output.get("data", {})
+            ]
+
+
+def _picture(notebook: NotebookNode) -> bytes | None:
+    """The first picture of a notebook as a PNG no larger than the index shows it."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                encoded = base64.b64decode(output.data["image/png"])
+                picture = Image.open(io.BytesIO(encoded))
+                if picture.width <= PICTURE_SIZE[0] and picture.height <= PICTURE_SIZE[1]:
+                    return encoded
+                picture.thumbnail(PICTURE_SIZE)
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG", optimize=True)
+                return buffer.getvalue()
+    return None
+
+
+def _overview(
+    pages: Sequence[_Page],
+    title: str,
+    dataset_title: str,
+    banner: str,
+    introduction: str,
+    headline: pd.DataFrame | None,
+    environment: Mapping[str, Any] | None,
+) -> str:
+    """The index in the Markdown that both MyST and code hosts read; links are HTML for that."""
+    parts = [f"# {title}"]
+    parts.append(f"**{banner}.**" if banner else f"Data set: {dataset_title}.")
+    parts.append(introduction)
+    failed = [page for page in pages if page.failure]
+    if failed:
+        parts.append("## What failed")
+        parts.extend(
+            f"- {_link(f'{page.name}.html', page.title)}: <code>{html.escape(page.failure)}</code>"
+            for page in failed
+        )
+    if headline is not None:
+        parts += ["## Headline numbers", _markdown_table(headline)]
+    for page in pages:
+        parts += [f"## {page.title}", page.abstract]
+        if page.failure:
+            parts.append(f"**Failed:** <code>{html.escape(page.failure)}</code>")
+        if page.picture:
+            picture = f'<img src="pictures/{page.name}.png" alt="First figure of: {page.title}">'
+            parts.append(f'<p class="picture"><a href="{page.name}.html">{picture}</a></p>')
+        parts.append(f"{_link(f'{page.name}.html', 'Read the page')} · {_notebook_link(page.name)}")
+    if environment:
+        parts += ["## How it was made", _markdown_table(_environment_table(environment))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _link(target: str, text: str) -> str:
+    return f'<a href="{target}">{html.escape(text)}</a>'
+
+
+def _notebook_link(name: str) -> str:
+    return f'<a href="notebooks/{name}.ipynb" download>Download the executed notebook</a>'
+
+
+def _environment_table(environment: Mapping[str, Any]) -> pd.DataFrame:
+    rows = []
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        rows.append((key, "not known" if value is None else value))
+    return pd.DataFrame(rows, columns=["what", "value"])
+
+
+def _markdown_table(table: pd.DataFrame) -> str:
+    def text(value: object) -> str:
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        return shown.replace("|", r"\|").replace("\n", " ")
+
+    numbers = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
+    rows = [
+        [str(column) for column in table.columns],
+        ["---:" if number else "---" for number in numbers],
+        *([text(value) for value in row] for row in table.itertuples(index=False)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _write_source(source: Path, pages: Sequence[_Page], overview: str, dataset_title: str) -> None:
+    """Lay out what Sphinx reads; `extra/` is copied into the report as it is."""
+    for folder in ("static", "extra/notebooks", "extra/pictures"):
+        (source / folder).mkdir(parents=True)
+    shutil.copy(STYLE, source / "static" / "report.css")
+    contents = "\n".join(["```{toctree}", ":hidden:", *(page.name for page in pages), "```"])
+    (source / "index.md").write_text(f"{overview}\n{contents}\n", encoding="utf-8")
+    for page in pages:
+        nbformat.write(page.notebook, source / "extra" / "notebooks" / f"{page.name}.ipynb")
+        nbformat.write(_for_reading(page, pages, dataset_title), source / f"{page.name}.ipynb")
+        if page.picture:
+            (source / "extra" / "pictures" / f"{page.name}.png").write_bytes(page.picture)
+
+
+def _for_reading(page: _Page, pages: Sequence[_Page], dataset_title: str) -> NotebookNode:
+    """The notebook with code folded, figures described and linked to full size, and its data."""
+    targets = {f"{other.name}.ipynb" for other in pages}
+
+    def link(match: re.Match) -> str:
+        target = match["target"].partition("#")[0]
+        return match[0] if target in targets or ":" in target or not target else match["text"]
+
+    notebook = copy.deepcopy(page.notebook)
+    heading = page.title
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^#+ +(.+)$", cell.source, flags=re.MULTILINE)
+            heading = headings[-1] if headings else heading
+            # A link to a file that is not in the report would lead nowhere.
+            cell.source = LINK.sub(link, cell.source)
+        elif cell.cell_type == "code":
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+            # Sphinx links an image to its full size if it has a scale.
+            image = {"scale": "100%", "alt": f"Figure: {heading}"}
+            cell.metadata.mystnb = {"image": image}
+    lines = [f"Data set: {dataset_title} · {_notebook_link(page.name)}"]
+    if page.failure:
+        lines = [
+            f'<div class="failure">This notebook failed in {html.escape(page.failure)}</div>',
+            *lines,
+        ]
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell("\n\n".join(lines), id="links"))
+    return notebook
+
+
+def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+    configuration = SPHINX | {
+        "project": title,
+        "html_title": title,
+        "html_static_path": [str(source / "static")],
+        "html_extra_path": [str(source / "extra")],
+        "exclude_patterns": ["extra", "static"],
+        "html_theme_options": {"announcement": html.escape(banner)},
+    }
+    complaints = io.StringIO()
+    try:
+        with patch_docutils(), docutils_namespace():
+            app = Sphinx(
+                srcdir=source,
+                confdir=None,
+                outdir=built,
+                doctreedir=source.parent / "doctrees",
+                buildername="html",
+                confoverrides=configuration,
+                status=None,
+                warning=complaints,
+                freshenv=True,
+            )
+            app.build()
+    except Exception as error:
+        raise ReportError(f"Sphinx failed: {error}\n{complaints.getvalue()}") from error
+    if app.statuscode:
+        raise ReportError(f"Sphinx failed:\n{complaints.getvalue()}")
+    print(complaints.getvalue(), end="", file=sys.stderr)
+    # Sphinx needs these for its next run, which here starts from nothing.
+    for leftover in (".buildinfo", "objects.inv"):
+        (built / leftover).unlink(missing_ok=True)
+
+
+def _publish(built: Path, out: Path) -> None:
+    """Make `out` hold what `built` holds, and touch neither same files nor files of others."""
+    files = sorted(
+        path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()
+    )
+    (built / MANIFEST).write_text(json.dumps(files, indent=0) + "\n", encoding="utf-8")
+    manifest = out / MANIFEST
+    earlier = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else []
+    for name in [*files, MANIFEST]:
+        content, target = (built / name).read_bytes(), out / name
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    for name in set(earlier) - set(files):
+        (out / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (out / name).parent.rmdir()
