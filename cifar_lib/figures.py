@@ -1,0 +1,520 @@
+"""Pictures: arrays and tables in, a matplotlib Figure out; nothing is written and pyplot is unused.
+
+Every title is the caller's, because it must name the data set (`Dataset.title`).
+"""
+
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from cifar_lib.evaluation import wilson_interval
+
+DPI = 150
+_PALETTE = sns.color_palette("colorblind").as_hex()
+# The same colour for the same thing in every figure.
+TRAINING, VALIDATION, TEST, DECK = _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALETTE[7]
+RIGHT, WRONG = _PALETTE[2], _PALETTE[3]
+SUPERCLASS_ONLY = _PALETTE[8]
+
+_STYLE = sns.axes_style("whitegrid") | {
+    "axes.edgecolor": "0.6",
+    "axes.titlesize": 10.5,
+    "figure.titlesize": 12,
+    "font.size": 10,
+    "grid.color": "0.9",
+    "hatch.linewidth": 0.8,
+    "legend.framealpha": 0.95,
+    "legend.edgecolor": "none",
+}
+
+
+@matplotlib.rc_context(_STYLE)
+def training_curves(
+    histories: Mapping[str, pd.DataFrame], title: str, deck: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw accuracy and loss by epoch, one column of panels for each run.
+
+    `histories` maps a run's label to its history: columns `epoch` (from 1), `loss`, `accuracy` and,
+    where there is a validation set, `val_loss` and `val_accuracy`; then the epoch of the highest
+    validation accuracy is marked. `deck` gives the deck's `accuracy` and `loss`, drawn as lines.
+    Raises ValueError if there is no run or a run has no epoch.
+    """
+    if not histories or any(history.empty for history in histories.values()):
+        empty = [label for label, history in histories.items() if history.empty]
+        raise ValueError(f"nothing to draw: {empty or 'no run given'}, expected runs with epochs")
+    figure = _figure(max(6.5, 4.6 * len(histories)), 6.2, layout="constrained")
+    panels = figure.subplots(2, len(histories), sharex="col", sharey="row", squeeze=False)
+    for (label, history), column in zip(histories.items(), panels.T, strict=True):
+        for axes, metric in zip(column, ("accuracy", "loss"), strict=True):
+            _curves(axes, history, metric)
+            if deck:
+                axes.axhline(deck[metric], color=DECK, linestyle=":", label=f"deck, {deck[metric]}")
+            axes.legend(loc="lower right" if metric == "accuracy" else "upper right")
+        column[0].set_title(label)
+        column[1].set_xlabel("epoch")
+        column[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[0, 0].set_ylabel("accuracy")
+    panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
+    panels[1, 0].set_ylabel("loss (nats)")
+    figure.suptitle(title)
+    return figure
+
+
+def _curves(axes: Axes, history: pd.DataFrame, metric: str) -> None:
+    # A line through one epoch is invisible, and dots on 200 epochs hide the line.
+    marker = "o" if len(history) <= 30 else None
+    axes.plot(
+        history["epoch"], history[metric], color=TRAINING, marker=marker, ms=4, label="training"
+    )
+    if "val_accuracy" not in history or history["val_accuracy"].isna().all():
+        return
+    validation = history[f"val_{metric}"]
+    axes.plot(
+        history["epoch"], validation, color=VALIDATION, marker=marker, ms=4, label="validation"
+    )
+    best = history["val_accuracy"].idxmax()
+    epoch, value = history["epoch"][best], validation[best]
+    axes.axvline(epoch, color=VALIDATION, linestyle="--", linewidth=1)
+    axes.plot(
+        [epoch],
+        [value],
+        color=VALIDATION,
+        marker="*",
+        ms=14,
+        mec="black",
+        mew=0.7,
+        linestyle="none",
+        zorder=3,
+        label=f"best epoch, {epoch}: {value:.4f}",
+    )
+
+
+@matplotlib.rc_context(_STYLE)
+def confusion_matrix(
+    confusion: np.ndarray,
+    fine_names: Sequence[str],
+    coarse_names: Sequence[str],
+    superclass_of: np.ndarray,
+    title: str,
+) -> Figure:
+    """Draw which class (row) was taken for which (column), ordered by superclass.
+
+    `confusion` is (K, K) int, rows true; `superclass_of` (K,) int. The colour is the share of the
+    true class's images, the number their count. Classes neither shown nor predicted are left out.
+    Raises ValueError if the shapes do not fit or there is no image.
+    """
+    confusion, superclass_of = np.asarray(confusion), np.asarray(superclass_of)
+    expected = (len(fine_names), len(fine_names))
+    if confusion.shape != expected or superclass_of.shape != expected[:1]:
+        raise ValueError(
+            f"confusion has the shape {confusion.shape} and superclass_of {superclass_of.shape}, "
+            f"expected {expected} and {expected[:1]} for {len(fine_names)} names"
+        )
+    seen = np.flatnonzero(confusion.sum(axis=0) + confusion.sum(axis=1))
+    if not len(seen):
+        raise ValueError("confusion counts no image: nothing to draw")
+    order = seen[np.argsort(superclass_of[seen], kind="stable")]
+    counts = confusion[np.ix_(order, order)]
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [fine_names[i] for i in order]
+
+    # Inches: cells as small as legible names allow, larger where there are few classes.
+    cell = float(np.clip(4 / len(order), 0.175, 0.5))
+    side, left, right, top, bottom = cell * len(order), 1.6, 1.8, 0.55, 1.55
+    width, height = left + side + right, top + side + bottom
+    figure = _figure(width, height)
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    # In the corner below the superclass names, which is empty.
+    bar = figure.add_axes(((left + side + 0.2) / width, 0.75 / height, 1.3 / width, 0.12 / height))
+    sns.heatmap(
+        share,
+        ax=axes,
+        mask=counts == 0,
+        cmap="mako_r",
+        # Mistakes are a few per cent each: the square root of the share makes them visible.
+        norm=PowerNorm(0.5, 0, 1),
+        annot=counts,
+        fmt="d",
+        annot_kws={"size": cell * 28},
+        xticklabels=names,
+        yticklabels=names,
+        cbar_ax=bar,
+        cbar_kws={
+            "label": "share of the true\nclass's images",
+            "format": PercentFormatter(1, decimals=0),
+            "ticks": [0, 0.1, 0.5, 1],
+            "orientation": "horizontal",
+        },
+    )
+    axes.tick_params(labelsize=8.5, length=0, pad=2)
+    axes.tick_params(axis="x", rotation=90)
+    axes.tick_params(axis="y", rotation=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    groups = superclass_of[order]
+    edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), len(order)]
+    for start, stop in itertools.pairwise(edges):
+        axes.axhline(stop, color="0.6", linewidth=0.6)
+        axes.axvline(stop, color="0.6", linewidth=0.6)
+        square = (start, start), stop - start, stop - start
+        axes.add_patch(Rectangle(*square, fill=False, ec="black", clip_on=False, zorder=3))
+        axes.text(
+            len(order) + 0.07 / cell,
+            (start + stop) / 2,
+            textwrap.fill(coarse_names[groups[start]], 20),
+            va="center",
+            fontsize=9,
+        )
+    figure.text(
+        0.5, 1 - 0.15 / height, title, ha="center", va="top", fontsize=9 + 0.05 * len(order)
+    )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def reliability_diagram(table: pd.DataFrame, ece: float, title: str) -> Figure:
+    """Draw accuracy against confidence, and below it how many images each bin holds.
+
+    `table` is what `evaluation.reliability` returns, `ece` the expected calibration error (0..1).
+    """
+    figure = _figure(5.6, 6.8, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = table["confidence_high"] - table["confidence_low"]
+    filled = table["images"] > 0
+    bar = {"width": width[filled], "align": "edge", "edgecolor": "white", "linewidth": 0.5}
+    left = table["confidence_low"][filled]
+    accuracy, confidence = table["accuracy"][filled], table["confidence"][filled]
+    upper.bar(left, accuracy, color=TEST, label="accuracy", **bar)
+    upper.bar(
+        left,
+        confidence - accuracy,
+        bottom=accuracy,
+        color="none",
+        hatch="////",
+        label="gap to confidence",
+        **bar | {"edgecolor": WRONG},
+    )
+    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
+    upper.set(ylabel="accuracy in the bin", xlim=(0, 1), ylim=(0, 1))
+    upper.set_title(f"expected calibration error {ece:.2%}")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    lower.bar(left, table["images"][filled], color=TEST, **bar)
+    lower.set(xlabel="confidence of the prediction", ylabel="images")
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def per_class_bars(table: pd.DataFrame, title: str) -> Figure:
+    """Draw the accuracy of each class, a panel for each superclass.
+
+    `table` is what `evaluation.per_class` returns. Bars are recall with its 95 % interval, diamonds
+    precision; panels come in order of their mean recall, best first.
+    """
+    means = table.groupby("superclass")["recall"].mean().sort_values(ascending=False)
+    columns = min(4, len(means))
+    rows = -(-len(means) // columns)
+    tallest = table.groupby("superclass").size().max()
+    # Inches. Placed by hand: a superclass's name is wider than its panel and begins above the names
+    # of its classes, which matplotlib's own layout does not foresee.
+    names, bar_width, right, head, panel = 1.55, 1.65, 0.3, 0.3, 0.235 * tallest
+    width = max(columns * (names + bar_width + right), 5.2)
+    top, bottom = 0.4, 0.75
+    height = top + rows * (head + panel) + bottom
+    figure = _figure(width, height)
+    for i, (superclass, mean) in enumerate(means.items()):
+        x = (i % columns) * (names + bar_width + right)
+        y = height - top - (i // columns + 1) * (head + panel)
+        axes = figure.add_axes(((x + names) / width, y / height, bar_width / width, panel / height))
+        figure.text(
+            (x + 0.1) / width, (y + panel + 0.07) / height, f"{superclass}: {mean:.0%}", size=10.5
+        )
+        group = table[table["superclass"] == superclass].sort_values("recall")
+        low, high = _intervals(group["recall"], group["images"])
+        bars = axes.barh(
+            group["class"],
+            group["recall"],
+            color=TEST,
+            xerr=(group["recall"] - low, high - group["recall"]),
+            error_kw={"ecolor": "0.25", "elinewidth": 1},
+        )
+        (points,) = axes.plot(
+            group["precision"],
+            group["class"],
+            "D",
+            color="white",
+            mec="black",
+            ms=4.5,
+            clip_on=False,
+        )
+        axes.set(xlim=(0, 1), ylim=(-0.6, tallest - 0.4), xticks=[0, 0.5, 1])
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.tick_params(labelbottom=i + columns >= len(means))
+    figure.legend(
+        [bars, points],
+        ["accuracy (recall), with 95% interval", "precision"],
+        loc="lower center",
+        ncols=2,
+    )
+    figure.text(0.5, 1 - 0.08 / height, title, ha="center", va="top", fontsize=12)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def per_superclass_bars(table: pd.DataFrame, title: str) -> Figure:
+    """Draw how often each superclass is found, and how often the very class.
+
+    `table` is what `evaluation.per_superclass` returns. The whole bar is the superclass's recall,
+    with its 95 % interval; its solid part the share whose class is right too.
+    """
+    table = table.sort_values("recall")
+    low, high = _intervals(table["recall"], table["images"])
+    figure = _figure(7.4, 1.6 + 0.27 * len(table), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(table["superclass"], table["accuracy"], color=TEST, label="class right")
+    axes.barh(
+        table["superclass"],
+        table["recall"] - table["accuracy"],
+        left=table["accuracy"],
+        color=SUPERCLASS_ONLY,
+        edgecolor="white",
+        hatch="////",
+        linewidth=0,
+        label="only superclass right",
+        xerr=(table["recall"] - low, high - table["recall"]),
+        error_kw={"ecolor": "0.25", "elinewidth": 1},
+    )
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(table) - 0.4), xlabel="share of the superclass's images")
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def picture_grid(
+    images: np.ndarray, labels: Sequence[str] | None, columns: int, title: str
+) -> Figure:
+    """Lay out pictures in rows of `columns`, each with its label below.
+
+    `images` is (N, H, W, 3), uint8 or float in 0..1; `labels` N strings or None.
+    Raises ValueError for another shape, no picture, or another number of labels.
+    """
+    images = _checked_images(images, 4)
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images: expected one for each")
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    return _mosaic(
+        [[images[i] for i in row] for row in rows],
+        title,
+        captions=None if labels is None else [[labels[i] for i in row] for row in rows],
+    )
+
+
+@matplotlib.rc_context(_STYLE)
+def augmentation_grid(
+    originals: np.ndarray,
+    draws: np.ndarray,
+    title: str,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+) -> Figure:
+    """Lay out each original beside its augmented draws.
+
+    `originals` is (rows, H, W, 3), `draws` (rows, n, H, W, 3), each uint8 or float in 0..1;
+    `column_labels` are for the draws. Raises ValueError for shapes or labels that do not fit.
+    """
+    originals, draws = _checked_images(originals, 4), _checked_images(draws, 5)
+    if len(originals) != len(draws):
+        raise ValueError(f"{len(originals)} originals, but draws of {len(draws)}: expected as many")
+    for name, labels, count in (
+        ("row_labels", row_labels, draws.shape[0]),
+        ("column_labels", column_labels, draws.shape[1]),
+    ):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} {name}, expected {count}")
+    return _mosaic(
+        [[original, *row] for original, row in zip(originals, draws, strict=True)],
+        title,
+        row_labels=row_labels,
+        column_labels=["original", *(column_labels or [""] * draws.shape[1])],
+        first_column_apart=True,
+    )
+
+
+def _mosaic(
+    pictures: Sequence[Sequence[np.ndarray]],
+    title: str,
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    first_column_apart: bool = False,
+) -> Figure:
+    # Laid out in whole pixels of the figure, so that every pixel of a picture covers the same
+    # number of them; matplotlib's own layout puts pictures at fractions of a pixel.
+    side, gap, margin, line, size = 128, 10, 8, 20, 8.5
+    wrapped = [[textwrap.fill(text, 14) for text in row] for row in captions or []]
+    caption_height = [line * max(text.count("\n") + 1 for text in row) for row in wrapped]
+    row_texts = [textwrap.fill(text, 18) for text in row_labels or []]
+    left = margin + (10 * max(map(len, "\n".join(row_texts).split("\n"))) if row_texts else 0)
+    title = textwrap.fill(title, max(24, int((left + len(pictures[0]) * (side + gap)) / 12.5)))
+    top = margin + 30 * (title.count("\n") + 1) + (line + 6 if column_labels else 0)
+
+    columns = max(map(len, pictures))
+    apart = 2 * gap if first_column_apart else 0
+    xs = [left + i * (side + gap) + (apart if i else 0) for i in range(columns)]
+    width = xs[-1] + side + margin
+    ys = [top]
+    for row in range(1, len(pictures)):
+        ys.append(ys[-1] + side + (caption_height[row - 1] + 6 if wrapped else gap))
+    height = ys[-1] + side + (caption_height[-1] + 6 if wrapped else margin)
+    # Few pictures under a long title: as wide as the title's longest line.
+    width = max(width, margin + int(12.5 * max(map(len, title.split("\n")))))
+
+    figure = _figure(width / DPI, height / DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for row, (y, row_pictures) in enumerate(zip(ys, pictures, strict=True)):
+        for column, (x, picture) in enumerate(zip(xs, row_pictures, strict=False)):
+            axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation="nearest")
+            if wrapped:
+                axes.text(
+                    x + side / 2,
+                    y + side + 17,
+                    wrapped[row][column],
+                    ha="center",
+                    va="baseline",
+                    fontsize=size,
+                    linespacing=1,
+                )
+        if row_texts:
+            axes.text(left - gap, y + side / 2, row_texts[row], ha="right", va="center", size=9)
+    for x, text in zip(xs, column_labels or [], strict=False):
+        axes.text(x + side / 2, top - 4, text, ha="center", va="bottom", fontsize=9)
+    axes.text(margin, margin, title, va="top", fontsize=12)
+    # Last, because imshow sets the limits to the picture's own.
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def prediction_cards(
+    images: np.ndarray,
+    true_names: Sequence[str | None],
+    probabilities: np.ndarray,
+    fine_names: Sequence[str],
+    title: str,
+    notes: Sequence[str] | None = None,
+) -> Figure:
+    """Show each picture with its true class and the five likeliest classes as bars.
+
+    `images` is (N, H, W, 3), uint8 or float in 0..1; `true_names` N class names, None where the
+    truth is unknown; `probabilities` (N, K); `notes` a line for below each picture.
+    The true class's bar is hatched and its name bold; a tick or a cross says right or wrong.
+    Raises ValueError for shapes that do not fit.
+    """
+    images, probabilities = _checked_images(images, 4), np.asarray(probabilities)
+    expected = (len(images), len(fine_names))
+    if probabilities.shape != expected or len(true_names) != len(images):
+        raise ValueError(
+            f"probabilities of the shape {probabilities.shape} and {len(true_names)} true names, "
+            f"expected {expected} and {len(images)}"
+        )
+    # In pixels, as in _mosaic; a picture's pixel covers 6 of the figure's.
+    side, name_width, bar_width, head, foot, margin = 192, 215, 210, 44, 34, 16
+    card = (side + name_width + bar_width + 3 * margin, head + side + foot)
+    columns = min(2, len(images))
+    rows = -(-len(images) // columns)
+    width, top = columns * card[0] + margin, 48
+    height = top + rows * card[1]
+    figure = _figure(width / DPI, height / DPI)
+
+    def add_axes(x: float, y: float, w: float, h: float) -> Axes:
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    figure.text(margin / width, 1 - 12 / height, title, va="top", fontsize=12)
+    for i, (image, true) in enumerate(zip(images, true_names, strict=True)):
+        x = margin + (i % columns) * card[0]
+        y = top + (i // columns) * card[1]
+        picture = add_axes(x, y + head, side, side)
+        picture.imshow(image, interpolation="nearest")
+        picture.axis("off")
+        best = np.argsort(-probabilities[i], kind="stable")[:5]
+        predicted = fine_names[best[0]]
+        if true is None:
+            verdict, color = f"predicted {predicted}", "black"
+        elif true == predicted:
+            verdict, color = f"✓ {true}", RIGHT
+        else:
+            verdict, color = f"✗ {true}, taken for {predicted}", WRONG
+        figure.text(
+            x / width,
+            1 - (y + head - 10) / height,
+            verdict,
+            color=color,
+            fontsize=10.5,
+            fontweight="bold",
+        )
+        bars = add_axes(x + side + name_width, y + head, bar_width, side)
+        _card_bars(bars, [fine_names[j] for j in best], probabilities[i, best], true)
+        if notes is not None:
+            figure.text(
+                x / width, 1 - (y + head + side + 6) / height, notes[i], va="top", fontsize=9
+            )
+    return figure
+
+
+def _card_bars(axes: Axes, names: list[str], values: np.ndarray, true: str | None) -> None:
+    colors = [RIGHT if name == true else "0.7" for name in names]
+    if true is not None and names[0] != true:
+        colors[0] = WRONG
+    bars = axes.barh(range(len(names)), values, color=colors, edgecolor="white", linewidth=0)
+    axes.set(xlim=(0, 1.32), ylim=(len(names) - 0.5, -0.5), xticks=[])
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        axes.text(value + 0.03, i, f"{value:.0%}", va="center", fontsize=9)
+        if name == true:
+            bars[i].set_hatch("////")
+            axes.get_yticklabels()[i].set_fontweight("bold")
+
+
+def _figure(width: float, height: float, layout: str | None = None) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    # Without a canvas that draws, matplotlib renders the figure anew for each text it measures,
+    # as seaborn does with every label of a heatmap.
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _intervals(share: pd.Series, images: pd.Series) -> np.ndarray:
+    right = (share * images).round().astype(int)
+    return np.array([wilson_interval(*pair) for pair in zip(right, images, strict=True)]).T
+
+
+def _checked_images(images: np.ndarray, dimensions: int) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != dimensions or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images have the shape {images.shape}, expected {dimensions} dimensions, "
+            "none empty, the last 3 (red, green, blue)"
+        )
+    return images

@@ -1,0 +1,261 @@
+import io
+import itertools
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgba
+from PIL import Image
+
+from cifar_lib import evaluation, figures
+
+SUPERCLASS_OF = np.arange(100) % 20
+FINE_NAMES = [f"class {i}" for i in range(100)]
+COARSE_NAMES = [f"superclass {i}" for i in range(20)]
+
+
+def history(epochs, validation=True):
+    epoch = np.arange(1, epochs + 1)
+    table = pd.DataFrame({"epoch": epoch, "loss": 4 / epoch, "accuracy": 1 - 1 / (epoch + 1)})
+    if validation:
+        # Best at two thirds of the way.
+        table["val_accuracy"] = 0.5 - 0.001 * np.abs(epoch - max(1, 2 * epochs // 3))
+        table["val_loss"] = 2.0
+    return table
+
+
+def random_images(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 32, 32, 3), np.uint8)
+
+
+def random_probabilities(images, seed=0):
+    return np.random.default_rng(seed).dirichlet(np.full(100, 0.05), images)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(plt.Text) if text.get_text()]
+
+
+def rendered(figure):
+    file = io.BytesIO()
+    figure.savefig(file)
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def lines(axes, color):
+    return [line for line in axes.get_lines() if to_rgba(line.get_color()) == to_rgba(color)]
+
+
+def assert_text_is_inside(figure):
+    figure.canvas.draw()
+    for text in figure.findobj(plt.Text):
+        if text.get_text() and text.get_visible() and text.axes is None:
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text.get_text()
+            assert box.x1 <= figure.bbox.x1, text.get_text()
+
+
+def test_training_curves_mark_the_best_epoch():
+    figure = figures.training_curves({"long": history(30), "short": history(9)}, "CIFAR-100: runs")
+    accuracy_long, accuracy_short, *_ = figure.axes
+    assert len(figure.axes) == 4
+    assert any("best epoch, 20: 0.5000" in text for text in texts(accuracy_long))
+    assert any("best epoch, 6: 0.5000" in text for text in texts(accuracy_short))
+    assert "CIFAR-100: runs" in texts(figure)
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_training_curves_of_one_epoch_are_visible(validation):
+    figure = figures.training_curves({"run": history(1, validation)}, "CIFAR-100")
+    picture = rendered(figure)
+    blue = np.array([round(255 * part) for part in to_rgba(figures.TRAINING)[:3]])
+    # More than the legend's two samples of a line.
+    assert (picture == blue).all(axis=-1).sum() > 300
+    assert bool(lines(figure.axes[0], figures.VALIDATION)) == validation
+
+
+def test_training_curves_draw_the_deck_where_asked():
+    deck = {"accuracy": 0.6187, "loss": 1.5597}
+    figure = figures.training_curves({"run": history(3)}, "CIFAR-100", deck=deck)
+    assert [lines(axes, figures.DECK)[0].get_ydata()[0] for axes in figure.axes] == [0.6187, 1.5597]
+
+
+def test_training_curves_refuse_nothing():
+    with pytest.raises(ValueError, match="no run given"):
+        figures.training_curves({}, "CIFAR-100")
+    with pytest.raises(ValueError, match="'killed'"):
+        figures.training_curves({"killed": history(0)}, "CIFAR-100")
+
+
+def test_confusion_matrix_is_ordered_by_superclass():
+    confusion = evaluation.confusion(random_probabilities(3000), np.arange(3000) % 100)
+    figure = figures.confusion_matrix(
+        confusion, FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF, "CIFAR-100: confusion"
+    )
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[:6] == ["class 0", "class 20", "class 40", "class 60", "class 80", "class 1"]
+    assert names == [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert set(COARSE_NAMES) <= set(texts(figure))
+    drawn = figure.axes[0].collections[0].get_array().filled(0)
+    assert drawn[1, 3] == pytest.approx(confusion[20, 60] / 30)
+
+
+def test_confusion_labels_are_legible_at_half_size():
+    confusion = np.eye(100, dtype=int)
+    figure = figures.confusion_matrix(
+        confusion, FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF, "CIFAR-100"
+    )
+    figure.canvas.draw()
+    labels = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert min(box.height for box in labels) / 2 >= 7
+    assert all(below.y1 <= above.y0 + 1 for above, below in itertools.pairwise(labels))
+
+
+def test_confusion_matrix_of_a_class_subset_shows_only_that():
+    confusion = np.zeros((100, 100), int)
+    confusion[3, 3], confusion[3, 7], confusion[23, 23] = 5, 1, 4
+    figure = figures.confusion_matrix(
+        confusion, FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF, "CIFAR-100"
+    )
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["class 3", "class 23", "class 7"]
+
+
+def test_confusion_matrix_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"\(3, 3\)"):
+        figures.confusion_matrix(np.eye(3), FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF, "CIFAR-100")
+    with pytest.raises(ValueError, match="no image"):
+        figures.confusion_matrix(
+            np.zeros((100, 100), int), FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF, "CIFAR-100"
+        )
+
+
+@pytest.mark.parametrize("classes", [100, 7, 1])
+def test_bars_of_classes(classes):
+    labels = np.arange(500) % classes
+    probabilities = random_probabilities(500)
+    table = evaluation.per_class(probabilities, labels, FINE_NAMES, COARSE_NAMES, SUPERCLASS_OF)
+    figure = figures.per_class_bars(table, "CIFAR-100: accuracy of each class")
+    widths = {
+        label.get_text(): bar.get_width()
+        for axes in figure.axes
+        for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+    }
+    assert widths == pytest.approx(dict(zip(table["class"], table["recall"], strict=True)))
+    assert_text_is_inside(figure)
+
+
+def test_bars_of_superclasses_are_sorted():
+    labels = np.arange(2000) % 100
+    table = evaluation.per_superclass(
+        random_probabilities(2000), labels, COARSE_NAMES, SUPERCLASS_OF
+    )
+    figure = figures.per_superclass_bars(table, "CIFAR-100")
+    ends = [bar.get_x() + bar.get_width() for bar in figure.axes[0].patches[20:]]
+    assert ends == pytest.approx(sorted(table["recall"]))
+
+
+def test_reliability_diagram_skips_empty_bins():
+    probabilities = np.full((4, 100), 0.3 / 99)
+    probabilities[:, 0] = 0.7
+    table = evaluation.reliability(probabilities, np.array([0, 0, 0, 1]))
+    figure = figures.reliability_diagram(table, 0.05, "CIFAR-100: reliability")
+    assert any("5.00%" in text for text in texts(figure))
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [4]
+
+
+def test_every_pixel_of_a_picture_is_a_square_of_equal_size():
+    images = random_images(5)
+    figure = figures.picture_grid(images, list("abcde"), 3, "CIFAR-100: five")
+    picture = rendered(figure)
+    for image in images:
+        enlarged = image.repeat(4, axis=0).repeat(4, axis=1)
+        starts = np.argwhere((picture[:-127, :-127] == enlarged[0, 0]).all(axis=-1))
+        assert any((picture[y : y + 128, x : x + 128] == enlarged).all() for y, x in starts)
+
+
+def test_float_and_uint8_pictures_look_the_same():
+    images = random_images(2)
+    one = rendered(figures.picture_grid(images, None, 2, "CIFAR-100"))
+    other = rendered(figures.picture_grid((images / 255).astype(np.float32), None, 2, "CIFAR-100"))
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_a_long_title_fits_over_few_pictures():
+    title = "synthetic stand-in, not CIFAR-100: the first test image of each class"
+    assert_text_is_inside(figures.picture_grid(random_images(1), ["a"], 8, title))
+
+
+def test_augmentation_grid_puts_originals_first():
+    originals, draws = random_images(2), random_images(2, 3)
+    figure = figures.augmentation_grid(
+        originals, draws, "CIFAR-100", row_labels=["a", "b"], column_labels=["x", "y", "z"]
+    )
+    shown = [image.get_array() for image in figure.axes[0].get_images()]
+    np.testing.assert_array_equal(shown[0], originals[0])
+    np.testing.assert_array_equal(shown[5], draws[1, 0])
+    assert {"original", "a", "b", "x", "y", "z"} <= set(texts(figure))
+
+
+def test_prediction_cards_say_right_and_wrong_in_words():
+    probabilities = np.zeros((3, 100))
+    probabilities[:, [4, 5, 6]] = 0.6, 0.3, 0.1
+    figure = figures.prediction_cards(
+        random_images(3),
+        ["class 4", "class 5", None],
+        probabilities,
+        FINE_NAMES,
+        "CIFAR-100: examples",
+        notes=["first", "second", "third"],
+    )
+    found = texts(figure)
+    assert "✓ class 4" in found
+    assert "✗ class 5, taken for class 4" in found
+    assert "predicted class 4" in found
+    assert found.count("60%") == 3
+    assert "second" in found
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: figures.picture_grid(random_images(), None, 3, "t"), r"\(32, 32, 3\)"),
+        (lambda: figures.picture_grid(random_images(0), None, 3, "t"), r"\(0, 32, 32, 3\)"),
+        (lambda: figures.picture_grid(random_images(2), ["a"], 3, "t"), "1 labels for 2 images"),
+        (
+            lambda: figures.augmentation_grid(random_images(2), random_images(3, 4), "t"),
+            "2 originals, but draws of 3",
+        ),
+        (
+            lambda: figures.augmentation_grid(
+                random_images(2), random_images(2, 4), "t", row_labels=["a"]
+            ),
+            "1 row_labels, expected 2",
+        ),
+        (
+            lambda: figures.prediction_cards(
+                random_images(2), ["a", "b"], np.ones((2, 3)), FINE_NAMES, "t"
+            ),
+            r"\(2, 3\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_figures_are_150_dpi_and_leave_pyplot_alone():
+    assert figures.training_curves({"run": history(2)}, "CIFAR-100").dpi == 150
+    assert plt.get_fignums() == []
+
+
+def test_evaluation_and_figures_do_not_load_tensorflow():
+    program = (
+        "import sys, cifar_lib.evaluation, cifar_lib.figures;"
+        "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
