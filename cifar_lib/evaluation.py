@@ -1,13 +1,38 @@
 """Numbers that say how good a network is: arrays in, numbers and tables out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+if TYPE_CHECKING:
+    import keras
+
 CALIBRATION_BINS = 15
+
+
+def predict(
+    model: keras.Model, images: np.ndarray, *, batch_size: int = 250, flip: bool = False
+) -> np.ndarray:
+    """Give the probability of every class for uint8 images (N, 32, 32, 3), as (N, K) float32.
+
+    `flip` averages with the probabilities of the mirror images (test-time averaging).
+    """
+    # Batch by batch: `model.predict` goes through tf.data, whose end can be a minute late.
+    batches = []
+    for start in range(0, len(images), batch_size):
+        batch = np.multiply(images[start : start + batch_size], np.float32(1 / 255))
+        probabilities = np.asarray(model.predict_on_batch(batch))
+        if flip:
+            mirrored = np.ascontiguousarray(batch[:, :, ::-1])
+            probabilities = (probabilities + np.asarray(model.predict_on_batch(mirrored))) / 2
+        batches.append(probabilities)
+    return np.concatenate(batches)
 
 
 def evaluate(

@@ -1,0 +1,240 @@
+"""The run folder: what is in it, written atomically, read back.
+
+recipe.json        every choice
+history.csv        one row an epoch
+metrics.json       final numbers; a run that has it is finished
+predictions.npz    probabilities of the test images, and of the validation images
+weights.npz        the network's weights
+environment.json   versions, backend, device, threads, precision, commit, data digests
+notebook.ipynb     the executed notebook, when papermill made the run
+failure.json       why it failed, if it did
+checkpoint.npz     the last finished epoch, while the run is not finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+import numpy as np
+import pandas as pd
+
+from cifar_lib.recipes import Recipe
+
+if TYPE_CHECKING:
+    import keras
+
+
+# The end of the name of a file that is being written.
+PARTIAL = ".partial"
+
+
+class RunError(Exception):
+    """A run folder cannot be used as asked, or a run failed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, finished or not; files are read when they are asked for.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def state(self) -> str:
+        """One of "finished", "failed", "running" (a process has it open) and "interrupted"."""
+        if self.finished:
+            return "finished"
+        if (self.path / "failure.json").exists():
+            return "failed"
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            with lock.acquire(blocking=False):
+                return "interrupted"
+        except (filelock.Timeout, OSError):
+            return "running"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.from_json(self._text("recipe.json"))
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch.
+
+        Columns: epoch (from 1), loss, accuracy, val_loss and val_accuracy (not with the protocol
+        "final"), learning_rate (at the epoch's end), train_seconds, validation_seconds.
+        """
+        text = self._text("history.csv")
+        return pd.read_csv(io.StringIO(text), float_precision="round_trip")
+
+    @cached_property
+    def metrics(self) -> dict:
+        """Final numbers: "test" and "validation" are what `evaluation.evaluate` gives."""
+        return json.loads(self._text("metrics.json"))
+
+    @cached_property
+    def environment(self) -> dict:
+        return json.loads(self._text("environment.json"))
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        """Arrays by name: test_probabilities (N, 100) float32, test_labels (N,) int64, test_indices
+        (N,) int64, positions in the official test file; the same for validation where there is one.
+        """
+        return _read_arrays(self._file("predictions.npz"))
+
+    def load_model(self) -> keras.Model:
+        """The trained network, built by name and given its weights; loading runs no stored code."""
+        from cifar_lib import models
+
+        model = models.build(self.recipe.model, precision=self.environment["precision"])
+        arrays = _read_arrays(self._file("weights.npz"))
+        assign(model.weights, list(arrays.values()), self.path / "weights.npz")
+        return model
+
+    def _file(self, name: str) -> Path:
+        path = self.path / name
+        if not path.exists():
+            raise RunError(f"{path} is not there: the run is {self.state}. Run its recipe again.")
+        return path
+
+    def _text(self, name: str) -> str:
+        return self._file(name).read_text(encoding="utf-8")
+
+
+def load(path: Path | str) -> Run:
+    """The run in a folder.
+
+    Raises:
+        RunError: there is no run.
+    """
+    path = Path(path)
+    if not (path / "recipe.json").exists():
+        known = ", ".join(run.name for run in find(path.parent)) or "none"
+        raise RunError(f"{path} holds no run. Runs in {path.parent}: {known}.")
+    return Run(path)
+
+
+def find(runs_dir: Path | str) -> list[Run]:
+    """All runs of a folder, the newest last."""
+    recipes = Path(runs_dir).glob("*/recipe.json")
+    return [Run(path.parent) for path in sorted(recipes, key=lambda path: path.stat().st_mtime)]
+
+
+@contextlib.contextmanager
+def opened(path: Path, recipe: Recipe) -> Iterator[Run]:
+    """Make or continue the run of `recipe` in a folder, which no other process may have open.
+
+    Raises:
+        RunError: another process trains there, or the folder holds the run of another recipe.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise RunError(
+            f"Another process is training in {path}. Wait for it, or give this run another name."
+        ) from None
+    try:
+        for partial in path.glob(f".*{PARTIAL}"):
+            partial.unlink()
+        run = Run(path)
+        if not (path / "recipe.json").exists():
+            write_atomically(path / "recipe.json", recipe.to_json().encode())
+        elif run.recipe != recipe:
+            there, here = dataclasses.asdict(run.recipe), dataclasses.asdict(recipe)
+            differences = ", ".join(
+                f"{field} is {there[field]!r} there and {here[field]!r} here"
+                for field in there
+                if there[field] != here[field]
+            )
+            raise RunError(
+                f"{path} holds the run of another recipe: {differences}. Give this run another "
+                "name, or delete that folder."
+            )
+        yield run
+    finally:
+        lock.release()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: whatever happens, `path` holds its old content or `data`.
+
+    Raises:
+        RunError: the disk is full; `path` is as it was.
+    """
+    # A fixed name: what a killed process left is written over, and `opened` sweeps it up.
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        ):
+            kept = "is as it was" if path.exists() else "was not written"
+            raise RunError(
+                f"No space for {path} ({len(data):,} bytes): {error.strerror}. The file {kept}; "
+                "free some space and run the same again to continue."
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an uncompressed .npz whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def assign(variables: list[keras.Variable], arrays: list[np.ndarray], source: Path) -> None:
+    """Give variables their values.
+
+    Raises:
+        RunError: number or shapes differ; no variable was changed.
+    """
+    wanted = [tuple(variable.shape) for variable in variables]
+    found = [array.shape for array in arrays]
+    if wanted != found:
+        raise RunError(
+            f"{source} is not of this network: it holds arrays of shapes {found}, not {wanted}."
+        )
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
