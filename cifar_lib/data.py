@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -33,9 +34,7 @@ SHA256 = {
     "meta": "a5d4786345c961390f865e93b434dbd5c6904ce880667e0cb888c97d449f28b9",
 }
 
-# Raise it when the layout of the cache changes, so that an old cache is left alone.
-CACHE_VERSION = 1
-# Raise it when the drawing changes, so that an old cache is not read.
+# To raise when the drawing changes, so that an old cache is not read.
 SYNTHETIC_VERSION = 1
 
 # Where the deck's words are not simply the official name with spaces for underscores.
@@ -71,7 +70,7 @@ class DataError(Exception):
     """The data is missing, is not what it should be, or cannot be split as asked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Images with their labels.
 
@@ -90,7 +89,7 @@ class Split:
         return len(self.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A whole data set: 50,000 training and 10,000 test images in 100 classes.
 
@@ -118,7 +117,7 @@ class Dataset:
         return "synthetic stand-in, not CIFAR-100" if self.synthetic else "CIFAR-100"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Splits:
     """What a run trains on, chooses by (if it chooses) and is tested on."""
 
@@ -134,7 +133,8 @@ def display_name(name: str) -> str:
 
 def cache_folder() -> Path:
     """The folder of the plain arrays: `CIFAR_LIB_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("CIFAR_LIB_CACHE") or platformdirs.user_cache_dir("cifar_lib"))
+    named = os.environ.get("CIFAR_LIB_CACHE") or platformdirs.user_cache_dir("cifar_lib")
+    return Path(named).expanduser()
 
 
 def _usual_folders() -> list[Path]:
@@ -155,15 +155,15 @@ def find() -> Path | None:
     named = os.environ.get("CIFAR100_DIR")
     if named:
         folder = Path(named).expanduser()
-        missing = [file for file in SHA256 if not (folder / file).is_file()]
+        missing = [file for file in SHA256 if not os.access(folder / file, os.R_OK)]
         if missing:
             raise DataError(
-                f"CIFAR100_DIR is {named!r}, but there is no {' and no '.join(missing)} in it. "
+                f"CIFAR100_DIR is {named!r}, but it holds no readable {' and no '.join(missing)}. "
                 "Let it name the folder with the official files train, test and meta, or unset it."
             )
         return folder
     for folder in _usual_folders():
-        if all((folder / file).is_file() for file in SHA256):
+        if all(os.access(folder / file, os.R_OK) for file in SHA256):
             return folder
     return None
 
@@ -249,7 +249,7 @@ def _download() -> Path:
     try:
         request = urllib.request.Request(ARCHIVE_URL, method="HEAD")
         urllib.request.urlopen(request, timeout=5).close()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"CIFAR-100 is not on this machine and {ARCHIVE_URL} cannot be reached: {error}. "
             f"{remedy}"
@@ -349,7 +349,7 @@ def _read_cache(key: str) -> tuple[dict[str, np.ndarray], dict] | None:
                 return None
             arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         return arrays, contents["names"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -374,7 +374,10 @@ def _write_cache(
         stamps = {}
         for name, array in arrays.items():
             path = building / f"{name}.npy"
-            np.save(path, array, allow_pickle=False)
+            with path.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+                stream.flush()
+                os.fsync(stream.fileno())  # or a crash could leave a file of zeros with this stamp
             stamps[name] = _stamp(path)
         contents = {"stamps": stamps, "names": names}
         (building / "contents.json").write_text(json.dumps(contents, indent=1))
@@ -428,7 +431,7 @@ def make_splits(
     order = _stratified_order(dataset.train.fine_labels, ids, split_seed)
     validation = None
     if protocol == "holdout":
-        chosen, order = _take("validation_size", validation_size, order)
+        chosen, order = _take("validation_size", validation_size, order, spare=1)
         validation = _select(dataset.train, "validation", chosen)
     chosen, _ = _take("train_size", train_size, order)
     train = _select(dataset.train, "train", chosen)
@@ -445,11 +448,16 @@ def _known(what: str, name: str, names: Sequence[str]) -> None:
         raise DataError(f"Unknown {what} {name!r}: did you mean {near[0]!r}?")
 
 
-def _take(what: str, size: int | None, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _take(
+    what: str, size: int | None, order: np.ndarray, spare: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     if size is None:
         size = len(order)
-    if not 1 <= size <= len(order):
-        raise DataError(f"{what} is {size}, but must be from 1 to {len(order)}, the images left.")
+    if not 1 <= size <= len(order) - spare:
+        raise DataError(
+            f"{what} is {size}, but {len(order)} images are left to take from: "
+            f"let it be from 1 to {len(order) - spare}."
+        )
     return order[:size], order[size:]
 
 
@@ -480,27 +488,130 @@ def _select(split: Split, name: str, positions: np.ndarray) -> Split:
 
 
 def exact_duplicates(images: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
-    """Pairs of images that are equal in every pixel, (K, 2) int64, found by hashing.
+    """Pairs of images that are equal in every pixel, found by hashing; (K, 2) int64 positions.
 
-    With `images` alone, (N, 32, 32, 3) uint8: one row for every further copy, with the positions
-    of the first copy and of this one. With `others`, (M, 32, 32, 3) uint8: one row for each of
-    them that is also in `images`, with the positions of the first copy there and of this one.
+    With `images` (N, 32, 32, 3) uint8 alone: for every further copy, the positions of the first
+    copy and of this one. With `others` (M, 32, 32, 3) uint8: for every one of them that `images`
+    holds, the positions of its first copy there and of itself.
     """
     first: dict[bytes, int] = {}
     pairs = []
     for position, image in enumerate(images):
-        original = first.setdefault(image.tobytes(), position)
+        original = first.setdefault(hashlib.sha256(image.tobytes()).digest(), position)
         if others is None and original != position:
             pairs.append((original, position))
-    for position, image in enumerate(others if others is not None else ()):
-        if image.tobytes() in first:
-            pairs.append((first[image.tobytes()], position))
+    for position, image in enumerate(() if others is None else others):
+        original = first.get(hashlib.sha256(image.tobytes()).digest())
+        if original is not None:
+            pairs.append((original, position))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-# The stand-in's superclasses are patterns and its classes are a pattern in a pair of colours. Each
-# is as likely with its two colours swapped, so no pixel's mean tells anything to a linear model.
-_COLOUR_PAIRS = {
+def near_duplicates(
+    images: np.ndarray, others: np.ndarray | None = None, *, threshold: float = 0.8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of images that look the same, the most alike first, exact copies among them.
+
+    Images are reduced to 8x8 pixels in colour and whitened by their principal components, so that
+    what most pictures share (blue above, dark below) counts little; alike is a cosine of at least
+    `threshold`. On CIFAR-100, 0.8 finds another scale, crop or tint of a photograph, with few
+    strangers among them; much lower finds pictures that only resemble each other.
+
+    `images` is (N, 32, 32, 3) uint8. Returns positions (K, 2) int64, of two images, or of one
+    and one of `others` (M, 32, 32, 3) uint8, and the cosines (K,) float32. Takes N x M x 400
+    operations: seconds for all training images with all test images.
+    """
+    from sklearn.decomposition import PCA
+
+    def reduce(pictures: np.ndarray) -> np.ndarray:
+        return (
+            pictures.reshape(-1, 8, 4, 8, 4, 3)
+            .mean((2, 4), dtype=np.float32)
+            .reshape(-1, 8 * 8 * 3)
+        )
+
+    def normalize(whitened: np.ndarray) -> np.ndarray:
+        return whitened / np.linalg.norm(whitened, axis=1, keepdims=True).clip(1e-6)
+
+    reduced = reduce(images)
+    whitening = PCA(whiten=True).fit(reduced)
+    ours = normalize(whitening.transform(reduced))
+    theirs = ours if others is None else normalize(whitening.transform(reduce(others)))
+    pairs, cosines = [], []
+    for start in range(0, len(theirs), 1000):
+        stop = start + 1000
+        # Without others, each pair is looked at once, from its later image.
+        alike = (ours[:stop] if others is None else ours) @ theirs[start:stop].T
+        first, second = np.nonzero(alike >= threshold)
+        cosine = alike[first, second]
+        if others is None:
+            earlier = first < second + start
+            first, second, cosine = first[earlier], second[earlier], cosine[earlier]
+        pairs.append(np.stack([first, second + start], 1))
+        cosines.append(cosine)
+    order = np.argsort(-np.concatenate(cosines), kind="stable")
+    return np.concatenate(pairs)[order], np.concatenate(cosines)[order]
+
+
+def _wave(
+    random: np.random.Generator, distance: np.ndarray, period: float, jitter: float = 0.1
+) -> np.ndarray:
+    """Sines in -1..1 along `distance` (n, 32, 32), in any phase and of slightly varied period."""
+    frequency = 2 * np.pi / period * random.uniform(1 - jitter, 1 + jitter, (len(distance), 1, 1))
+    phase = random.uniform(0, 2 * np.pi, (len(distance), 1, 1))
+    return np.sin(distance * frequency.astype(np.float32) + phase.astype(np.float32))
+
+
+def _grid(random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
+    return np.sign(_wave(random, x, period) * _wave(random, y, period))
+
+
+def _dots(random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
+    return np.where(_wave(random, x, period) + _wave(random, y, period) > 1, 1, -1)
+
+
+def _rays(random: np.random.Generator, x: np.ndarray, y: np.ndarray, number: int) -> np.ndarray:
+    return _wave(random, np.arctan2(y, x), 2 * np.pi / number, jitter=0)
+
+
+def _slanted(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float
+) -> np.ndarray:
+    # To either side, so that a flip makes no other class of it.
+    return _wave(random, x + y * random.choice([-1, 1], (len(x), 1, 1)), period * np.sqrt(2))
+
+
+def _blobs(random: np.random.Generator, x: np.ndarray, size: int) -> np.ndarray:
+    values = random.uniform(-1.5, 1.5, (len(x), 32 // size, 32 // size))
+    return values.clip(-1, 1).repeat(size, 1).repeat(size, 2)
+
+
+# The superclasses of the stand-in: how each is drawn in -1..1 at the places x and y (n, 32, 32), in
+# pixels from a centre. No pattern is another one's mirror image, left to right or upside down.
+_PATTERNS: dict[str, Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]] = {
+    "wide_level_stripes": lambda random, x, y: _wave(random, y, 8),
+    "narrow_level_stripes": lambda random, x, y: _wave(random, y, 4),
+    "wide_upright_stripes": lambda random, x, y: _wave(random, x, 8),
+    "narrow_upright_stripes": lambda random, x, y: _wave(random, x, 4),
+    "wide_slanted_stripes": lambda random, x, y: _slanted(random, x, y, 8),
+    "narrow_slanted_stripes": lambda random, x, y: _slanted(random, x, y, 4),
+    "wide_checks": lambda random, x, y: _grid(random, x, y, 10),
+    "narrow_checks": lambda random, x, y: _grid(random, x, y, 5),
+    "wide_diamonds": lambda random, x, y: _grid(random, x + y, x - y, 14),
+    "narrow_diamonds": lambda random, x, y: _grid(random, x + y, x - y, 7),
+    "wide_rings": lambda random, x, y: _wave(random, np.hypot(x, y), 8),
+    "narrow_rings": lambda random, x, y: _wave(random, np.hypot(x, y), 4),
+    "few_rays": lambda random, x, y: _rays(random, x, y, 5),
+    "many_rays": lambda random, x, y: _rays(random, x, y, 12),
+    "wide_dots": lambda random, x, y: _dots(random, x, y, 9),
+    "narrow_dots": lambda random, x, y: _dots(random, x, y, 5),
+    "level_zigzags": lambda random, x, y: _wave(random, y + 2 * np.abs(x % 8 - 4), 8),
+    "upright_zigzags": lambda random, x, y: _wave(random, x + 2 * np.abs(y % 8 - 4), 8),
+    "wide_blobs": lambda random, x, y: _blobs(random, x, 4),
+    "narrow_blobs": lambda random, x, y: _blobs(random, x, 2),
+}
+# The classes of each: a pattern in two opposite colours (red, green, blue, relative to the ground).
+_COLOURS = {
     "black_white": (1.0, 1.0, 1.0),
     "red_cyan": (1.0, -0.6, -0.6),
     "green_magenta": (-0.6, 1.0, -0.6),
@@ -509,101 +620,50 @@ _COLOUR_PAIRS = {
 }
 
 
-def _patterns(
-    x: np.ndarray, y: np.ndarray, random: np.random.Generator
-) -> dict[str, Callable[[], np.ndarray]]:
-    """How each superclass is drawn at (n, 32, 32) places in pixels from a random centre.
+def _draw(random: np.random.Generator, pattern: str, colours: str, number: int) -> np.ndarray:
+    """Pictures (number, 32, 32, 3) uint8 of one class: a patch of its pattern on plain ground.
 
-    Values are in -1..1. None is the mirror image of another, left to right or upside down.
+    Place, size, tilt, phase, contrast and ground are random, and the two colours are swapped as
+    often as not: all classes have the same mean picture, so a linear model finds little.
     """
-    n = len(x)
 
-    def wave(distance: np.ndarray, period: float) -> np.ndarray:
-        jitter = random.uniform(0.9, 1.1, (n, 1, 1)).astype(np.float32)
-        phase = random.uniform(0, 2 * np.pi, (n, 1, 1)).astype(np.float32)
-        return np.sin(distance * (2 * np.pi / period * jitter).astype(np.float32) + phase)
+    def uniform(low: float, high: float, channels: tuple[int, ...] = ()) -> np.ndarray:
+        return random.uniform(low, high, (number, 1, 1, *channels)).astype(np.float32)
 
-    def diagonal() -> np.ndarray:
-        sign = random.choice(np.array([-1, 1], np.float32), (n, 1, 1))
-        return (x + sign * y) * np.float32(np.sqrt(0.5))
-
-    def turn() -> np.ndarray:
-        return np.arctan2(y, x)
-
-    def whole(turns: int) -> np.ndarray:
-        phase = random.uniform(0, 2 * np.pi, (n, 1, 1)).astype(np.float32)
-        return np.sin(turns * turn() + phase)
-
-    def blobs(size: int) -> np.ndarray:
-        coarse = random.standard_normal((n, 32 // size + 2, 32 // size + 2), np.float32)
-        fine = coarse.repeat(size, 1).repeat(size, 2)
-        return np.clip(fine[:, :32, :32], -1, 1)
-
-    radius = np.hypot(x, y)
-    a, b = (x + y) * np.float32(np.sqrt(0.5)), (x - y) * np.float32(np.sqrt(0.5))
-    return {
-        "wide_level_stripes": lambda: wave(y, 8),
-        "narrow_level_stripes": lambda: wave(y, 4),
-        "wide_upright_stripes": lambda: wave(x, 8),
-        "narrow_upright_stripes": lambda: wave(x, 4),
-        "wide_slanted_stripes": lambda: wave(diagonal(), 8),
-        "narrow_slanted_stripes": lambda: wave(diagonal(), 4),
-        "wide_checks": lambda: np.sign(wave(x, 10) * wave(y, 10)),
-        "narrow_checks": lambda: np.sign(wave(x, 5) * wave(y, 5)),
-        "wide_diamonds": lambda: np.sign(wave(a, 10) * wave(b, 10)),
-        "narrow_diamonds": lambda: np.sign(wave(a, 5) * wave(b, 5)),
-        "wide_rings": lambda: wave(radius, 8),
-        "narrow_rings": lambda: wave(radius, 4),
-        "few_rays": lambda: whole(5),
-        "many_rays": lambda: whole(12),
-        "wide_dots": lambda: 2.0 * (wave(x, 9) + wave(y, 9) > 1) - 1,
-        "narrow_dots": lambda: 2.0 * (wave(x, 5) + wave(y, 5) > 1) - 1,
-        "level_zigzags": lambda: wave(y + 2 * np.abs(x % 8 - 4), 8),
-        "upright_zigzags": lambda: wave(x + 2 * np.abs(y % 8 - 4), 8),
-        "wide_blobs": lambda: blobs(4),
-        "narrow_blobs": lambda: blobs(2),
-    }
+    places = np.arange(32, dtype=np.float32) - 15.5
+    across, down = places - uniform(-8, 8), places[:, None] - uniform(-8, 8)
+    # A soft-edged ellipse.
+    distance = (across / uniform(9, 20)) ** 2 + (down / uniform(9, 20)) ** 2
+    patch = 1 / (1 + np.exp(np.minimum(8 * (distance - 1), 40)))
+    tilt = uniform(-0.12, 0.12)
+    x = across * np.cos(tilt) + down * np.sin(tilt)
+    y = down * np.cos(tilt) - across * np.sin(tilt)
+    contrast = uniform(0.2, 0.5) * random.choice(np.array([-1, 1], np.float32), (number, 1, 1))
+    shade = _PATTERNS[pattern](random, x, y).astype(np.float32) * patch * contrast
+    pictures = uniform(0.25, 0.75, (3,)) + uniform(-0.01, 0.01, (3,)) * across[..., None]
+    pictures = pictures + shade[..., None] * np.array(_COLOURS[colours], np.float32)
+    pictures += random.standard_normal(pictures.shape, np.float32) * np.float32(0.08)
+    return (np.clip(pictures, 0, 1) * 255).astype(np.uint8)
 
 
-def _draw_synthetic(count_train: int = 500, count_test: int = 100) -> tuple[dict, dict]:
-    """50,000 and 10,000 pictures, with their labels in a random order, and their names."""
-    random = np.random.default_rng(20180607)
-    grid = np.arange(32, dtype=np.float32) - 15.5
-    n = count_train + count_test
-    pictures, fine_labels, coarse_labels, fine_names, coarse_names = [], [], [], [], []
-
-    def uniform(low: float, high: float, shape: tuple[int, ...] = (n, 1, 1)) -> np.ndarray:
-        return random.uniform(low, high, shape).astype(np.float32)
-
-    for coarse in range(20):
-        for pair, axis in _COLOUR_PAIRS.items():
-            x, y = grid - uniform(-8, 8), grid[:, None] - uniform(-8, 8)
-            x, y = np.broadcast_arrays(x, y)
-            patterns = _patterns(x, y, random)
-            superclass = list(patterns)[coarse]
-            # A soft-edged ellipse around the centre, of another size each time.
-            reach = (x / uniform(9, 20)) ** 2 + (y / uniform(9, 20)) ** 2
-            mask = 1 / (1 + np.exp(np.minimum(8 * (reach - 1), 40)))
-            swapped = random.choice(np.array([-1, 1], np.float32), (n, 1, 1))
-            shade = patterns[superclass]().astype(np.float32) * mask * swapped * uniform(0.2, 0.5)
-            slope = uniform(-0.01, 0.01, (n, 1, 1, 3)) * x[..., None]
-            picture = uniform(0.25, 0.75, (n, 1, 1, 3)) + slope
-            picture += shade[..., None] * np.array(axis, np.float32)
-            picture += random.standard_normal(picture.shape, np.float32) * np.float32(0.06)
-            pictures.append((np.clip(picture, 0, 1) * 255).astype(np.uint8))
-            fine_labels.append(np.full(n, len(fine_names), np.int64))
-            coarse_labels.append(np.full(n, coarse, np.int64))
-            fine_names.append(f"{superclass}_{pair}")
-        coarse_names.append(superclass)
-
+def _draw_synthetic() -> tuple[dict[str, np.ndarray], dict]:
+    """The stand-in's arrays, as many and of the same kind as CIFAR-100's, and its names."""
+    random = np.random.default_rng(SYNTHETIC_VERSION)
+    fine_names = [f"{pattern}_{colours}" for pattern in _PATTERNS for colours in _COLOURS]
+    superclass_of = np.repeat(np.arange(len(_PATTERNS)), len(_COLOURS))
+    pictures = np.stack(
+        [_draw(random, pattern, colours, 600) for pattern in _PATTERNS for colours in _COLOURS]
+    )
     arrays = {}
-    for split, rows in ("train", slice(count_train)), ("test", slice(count_train, None)):
-        parts = [
-            np.concatenate([part[rows] for part in whole])
-            for whole in (pictures, fine_labels, coarse_labels)
-        ]
-        order = random.permutation(len(parts[0]))
-        for what, part in zip(("images", "fine_labels", "coarse_labels"), parts, strict=True):
-            arrays[f"{split}_{what}"] = part[order]
-    digests = {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}
-    return arrays, {"fine_names": fine_names, "coarse_names": coarse_names, "digests": digests}
+    for split, of_class in ("train", pictures[:, :500]), ("test", pictures[:, 500:]):
+        number = of_class.shape[1]
+        fine_labels, position = np.divmod(random.permutation(NUM_CLASSES * number), number)
+        arrays[f"{split}_images"] = of_class[fine_labels, position]
+        arrays[f"{split}_fine_labels"] = fine_labels
+        arrays[f"{split}_coarse_labels"] = superclass_of[fine_labels]
+    names = {
+        "fine_names": fine_names,
+        "coarse_names": list(_PATTERNS),
+        "digests": {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()},
+    }
+    return arrays, names
