@@ -307,21 +307,28 @@ def per_superclass_bars(table: pd.DataFrame, title: str) -> Figure:
 
 @matplotlib.rc_context(_STYLE)
 def picture_grid(
-    images: np.ndarray, labels: Sequence[str] | None, columns: int, title: str
+    images: np.ndarray,
+    labels: Sequence[str] | None,
+    columns: int,
+    title: str,
+    row_labels: Sequence[str] | None = None,
 ) -> Figure:
     """Lay out pictures in rows of `columns`, each with its label below.
 
     `images` is (N, H, W, 3), uint8 or float in 0..1; `labels` N strings or None.
-    Raises ValueError for another shape, no picture, or another number of labels.
+    Raises ValueError for another shape, no picture, or labels that do not fit.
     """
     images = _checked_images(images, 4)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images: expected one for each")
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise ValueError(f"{len(row_labels)} row_labels, expected {len(rows)}")
     return _mosaic(
         [[images[i] for i in row] for row in rows],
         title,
         captions=None if labels is None else [[labels[i] for i in row] for row in rows],
+        row_labels=row_labels,
     )
 
 
@@ -392,16 +399,10 @@ def _mosaic(
     for row, (y, row_pictures) in enumerate(zip(ys, pictures, strict=True)):
         for column, (x, picture) in enumerate(zip(xs, row_pictures, strict=False)):
             axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation="nearest")
-            if wrapped:
-                axes.text(
-                    x + side / 2,
-                    y + side + 17,
-                    wrapped[row][column],
-                    ha="center",
-                    va="baseline",
-                    fontsize=size,
-                    linespacing=1,
-                )
+            # Line by line, because text of several lines has no baseline of its own.
+            for number, text in enumerate(wrapped[row][column].split("\n") if wrapped else []):
+                baseline = y + side + 17 + number * line
+                axes.text(x + side / 2, baseline, text, ha="center", va="baseline", fontsize=size)
         if row_texts:
             axes.text(left - gap, y + side / 2, row_texts[row], ha="right", va="center", size=9)
     for x, text in zip(xs, column_labels or [], strict=False):
