@@ -3,6 +3,7 @@
 Every title is the caller's, because it must name the data set (`Dataset.title`).
 """
 
+import io
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -498,8 +499,17 @@ def _card_bars(axes: Axes, names: list[str], values: np.ndarray, true: str | Non
             axes.get_yticklabels()[i].set_fontweight("bold")
 
 
+class _NotebookFigure(Figure):
+    """A figure that a notebook shows as it is saved, without pyplot and its cropping."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file)
+        return file.getvalue()
+
+
 def _figure(width: float, height: float, layout: str | None = None) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure = _NotebookFigure(figsize=(width, height), dpi=DPI, layout=layout)
     # Without a canvas that draws, matplotlib renders the figure anew for each text it measures,
     # as seaborn does with every label of a heatmap.
     FigureCanvasAgg(figure)

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import to_rgba
 from PIL import Image
 
@@ -226,6 +227,10 @@ def test_prediction_cards_say_right_and_wrong_in_words():
         (lambda: figures.picture_grid(random_images(0), None, 3, "t"), r"\(0, 32, 32, 3\)"),
         (lambda: figures.picture_grid(random_images(2), ["a"], 3, "t"), "1 labels for 2 images"),
         (
+            lambda: figures.picture_grid(random_images(2), None, 1, "t", row_labels=["a"]),
+            "1 row_labels, expected 2",
+        ),
+        (
             lambda: figures.augmentation_grid(random_images(2), random_images(3, 4), "t"),
             "2 originals, but draws of 3",
         ),
@@ -246,6 +251,13 @@ def test_prediction_cards_say_right_and_wrong_in_words():
 def test_bad_input_is_named(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_a_notebook_shows_a_figure_as_it_is_saved():
+    figure = figures.picture_grid(random_images(2), None, 2, "CIFAR-100")
+    shown, _ = DisplayFormatter().format(figure)
+    picture = np.asarray(Image.open(io.BytesIO(shown["image/png"])).convert("RGB"))
+    np.testing.assert_array_equal(picture, rendered(figure))
 
 
 def test_figures_are_150_dpi_and_leave_pyplot_alone():
