@@ -1,6 +1,6 @@
 """What depends on Keras' backend and on the machine: all such choices stand here.
 
-Import Keras from here: TensorFlow writes to the screen while it is imported.
+Import Keras from here: TensorFlow writes to the screen when it is imported and looks for devices.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def _standard_error_closed() -> Iterator[None]:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 with _standard_error_closed():
     import keras
+
+    keras.distribution.list_devices()  # TensorFlow tells of a missing GPU as of an error
 
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "scipy")
 

@@ -1,0 +1,276 @@
+"""The command line: `python -m cifar_lib`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_lib import ROOT, recipes
+
+EXAMPLES = """\
+examples:
+  python -m cifar_lib data                                 find, download and verify CIFAR-100
+  python -m cifar_lib train quick                          a few minutes' training
+  python -m cifar_lib train seed --epochs 10 --seed 1      a recipe with some choices changed
+  python -m cifar_lib runs                                 what was trained
+  python -m cifar_lib evaluate                             test the newest run again
+  python -m cifar_lib predict cat.jpg --card card.png      classify a picture of your own
+  python -m cifar_lib report                               pages from all finished runs
+
+A run that was interrupted continues when the same command is given again.
+
+exit codes: 0 done, 1 the run failed, 2 usage or recipe, 3 data, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. The last finished epoch is kept: give the same command to continue.",
+            file=sys.stderr,
+        )
+        return 130
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    if isinstance(error, recipes.RecipeError):
+        return 2
+    from cifar_lib import data, reports, runs
+
+    if isinstance(error, data.DataError):
+        return 3
+    expected = (runs.RunError, reports.NotebookError, reports.ReportError)
+    return 1 if isinstance(error, expected) else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_lib",
+        description="CIFAR-100 with a convolutional network, from the data to the report.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command: typing.Callable, help: str, **settings: str):
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+        added.set_defaults(command=command)
+        return added
+
+    data = add("data", _data, "find (or download) a data set, verify it and say what is in it")
+    data.add_argument("--dataset", default="cifar100", choices=recipes.DATASETS)
+    data.add_argument("--no-download", action="store_true", help="fail if it is not on the machine")
+
+    train = add(
+        "train",
+        _train,
+        "train and test a recipe's network, or continue an interrupted run",
+        epilog="recipes: " + ", ".join(recipes.RECIPES),
+    )
+    train.add_argument("recipe", help="the recipe's name")
+    _add_runs_dir(train)
+    train.add_argument("--run-name", help="the run folder's name; by default made from the recipe")
+    choices = train.add_argument_group("choices that replace the recipe's")
+    for field, hint in typing.get_type_hints(recipes.Recipe).items():
+        if field != "name":
+            choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint))
+
+    evaluate = add("evaluate", _evaluate, "test a run's network again")
+    _add_run(evaluate)
+    evaluate.add_argument("--split", default="test", choices=("test", "validation"))
+    evaluate.add_argument("--flip", action="store_true", help="average with the mirror images")
+
+    predict = add("predict", _predict, "classify image files of any size and format")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    _add_run(predict, "--run")
+    predict.add_argument("--card", type=Path, metavar="PNG", help="draw the predictions there")
+
+    report = add("report", _report, "make pages of runs, in a folder that opens from disk")
+    report.add_argument("runs", nargs="*", metavar="RUN", help="by default all finished runs")
+    _add_runs_dir(report)
+    report.add_argument("--out", type=Path, help="by default the folder report beside the runs")
+
+    _add_runs_dir(add("runs", _runs, "list the runs"))
+
+    demo = add("demo", _demo, "do all of it small: data, a short training, pages")
+    _add_runs_dir(demo)
+
+    reference = add("reference", _reference, "make the reference results and their report again")
+    _add_runs_dir(reference)
+    return parser
+
+
+def _add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs-dir", type=Path, default=ROOT / "runs", help="the folder of the run folders"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
+    nargs = {} if name.startswith("-") else {"nargs": "?"}
+    parser.add_argument(name, metavar="RUN", help="a run's name; by default the newest", **nargs)
+    _add_runs_dir(parser)
+
+
+def _option(hint: object) -> dict:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if tuple[str, ...] in kinds:
+        return {"nargs": "+", "metavar": "CLASS"}
+    return {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+
+
+def _data(options: argparse.Namespace) -> None:
+    from cifar_lib import data
+
+    dataset = data.load(options.dataset, download=not options.no_download)
+    if not dataset.synthetic and (folder := data.find()):
+        data.verify(folder)
+        print(f"folder        {folder}")
+    for file, digest in dataset.digests.items():
+        print(f"{file:<13} SHA-256 {digest}")
+    print(f"data set      {dataset.title}")
+    print(f"images        {len(dataset.train):,} training, {len(dataset.test):,} test")
+    print(f"classes       {len(dataset.fine_names)} in {len(dataset.coarse_names)} superclasses")
+    print(f"array cache   {data.cache_folder()}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    fields = {field.name for field in dataclasses.fields(recipes.Recipe)} - {"name"}
+    chosen = {field: getattr(options, field) for field in fields}
+    recipe = recipes.get(
+        options.recipe, **{field: value for field, value in chosen.items() if value is not None}
+    )
+    run_dir = options.runs_dir / (options.run_name or recipe.run_name)
+    from cifar_lib import training
+
+    run = training.train(recipe, run_dir)
+    _print_metrics(run.metrics["test"])
+    print(run.path)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    run = _one_run(options)
+    from cifar_lib import data, evaluation
+
+    dataset = data.load(run.recipe.dataset)
+    split = getattr(_splits(dataset, run.recipe), options.split)
+    if split is None:
+        raise recipes.RecipeError(
+            f"{run.name} has no validation images: its protocol is {run.recipe.protocol!r}. "
+            "Use --split test."
+        )
+    probabilities = evaluation.predict(run.load_model(), split.images, flip=options.flip)
+    print(f"{run.name}, {options.split} images of {dataset.title}")
+    _print_metrics(evaluation.evaluate(probabilities, split.fine_labels, dataset.superclass_of))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    run = _one_run(options)
+    import numpy as np
+
+    from cifar_lib import data, evaluation, figures
+
+    images = np.stack([data.read_image(path) for path in options.images])
+    names = data.load(run.recipe.dataset).fine_names
+    probabilities = evaluation.predict(run.load_model(), images)
+    for path, row in zip(options.images, probabilities, strict=True):
+        best = row.argsort()[::-1][:5]
+        print(path, *(f"{names[i]} {row[i]:.1%}" for i in best), sep="\n  ")
+    if options.card:
+        labels = [path.name for path in options.images]
+        cards = figures.prediction_cards(
+            images, [None] * len(images), probabilities, names, run.name, labels
+        )
+        cards.savefig(options.card)
+        print(options.card)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from cifar_lib import reports, runs
+
+    chosen = [runs.load(options.runs_dir / name) for name in options.runs]
+    chosen = chosen or [run for run in runs.find(options.runs_dir) if run.finished]
+    if not chosen:
+        raise runs.RunError(_no_run(options.runs_dir))
+    print(reports.build(chosen, options.out or options.runs_dir / "report"))
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from cifar_lib import runs
+
+    found = runs.find(options.runs_dir)
+    if not found:
+        raise runs.RunError(_no_run(options.runs_dir))
+    width = max(len(run.name) for run in found)
+    print(f"{'run':<{width}}  state        epochs     data       test accuracy")
+    for run in found:
+        history = run.path / "history.csv"
+        epochs = f"{len(run.history) if history.exists() else 0}/{run.recipe.epochs}"
+        accuracy = f"{run.metrics['test']['accuracy']:.2%}" if run.finished else ""
+        print(
+            f"{run.name:<{width}}  {run.state:<12} {epochs:<10} {run.recipe.dataset:<10} {accuracy}"
+        )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from cifar_lib import reports
+
+    print(reports.demo(options.runs_dir))
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from cifar_lib import reports
+
+    print(reports.reference(options.runs_dir))
+
+
+def _one_run(options: argparse.Namespace):
+    from cifar_lib import runs
+
+    if options.run:
+        return runs.load(options.runs_dir / options.run)
+    finished = [run for run in runs.find(options.runs_dir) if run.finished]
+    if not finished:
+        raise runs.RunError(_no_run(options.runs_dir))
+    return finished[-1]
+
+
+def _no_run(runs_dir: Path) -> str:
+    return f"There is no finished run in {runs_dir}. Train one: python -m cifar_lib train quick"
+
+
+def _print_metrics(metrics: dict[str, float]) -> None:
+    low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+    print(f"images                {metrics['images']:,}")
+    print(f"accuracy              {metrics['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})")
+    print(f"loss                  {metrics['loss']:.4f}")
+    for name in ("top5_accuracy", "superclass_accuracy", "expected_calibration_error"):
+        print(f"{name.replace('_', ' '):<28}{metrics[name]:.2%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
