@@ -177,7 +177,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from cifar_lib import data, evaluation
 
     dataset = data.load(run.recipe.dataset)
-    split = getattr(_splits(dataset, run.recipe), options.split)
+    split = getattr(data.make_splits(dataset, **run.recipe.split_choices), options.split)
     if split is None:
         raise recipes.RecipeError(
             f"{run.name} has no validation images: its protocol is {run.recipe.protocol!r}. "
@@ -266,7 +266,9 @@ def _no_run(runs_dir: Path) -> str:
 def _print_metrics(metrics: dict[str, float]) -> None:
     low, high = metrics["accuracy_low"], metrics["accuracy_high"]
     print(f"images                {metrics['images']:,}")
-    print(f"accuracy              {metrics['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})")
+    print(
+        f"accuracy              {metrics['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})"
+    )
     print(f"loss                  {metrics['loss']:.4f}")
     for name in ("top5_accuracy", "superclass_accuracy", "expected_calibration_error"):
         print(f"{name.replace('_', ' '):<28}{metrics[name]:.2%}")

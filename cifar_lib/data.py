@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import platformdirs
+from PIL import Image, ImageOps
 
 from cifar_lib.recipes import PROTOCOLS
 
@@ -45,7 +46,6 @@ _DECK_WORDS = {
     "can": "cans",
     "cup": "cups",
     "keyboard": "computer keyboard",
-    "large_man-made_outdoor_things": "large man-made outdoor things",
     "lawn_mower": "lawn-mower",
     "maple_tree": "maple",
     "medium_mammals": "medium-sized mammals",
@@ -667,3 +667,19 @@ def _draw_synthetic() -> tuple[dict[str, np.ndarray], dict]:
         "digests": {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()},
     }
     return arrays, names
+
+
+def read_image(path: Path | str) -> np.ndarray:
+    """Read a picture file of any size, colour mode and orientation as a CIFAR-sized image.
+
+    The largest square in its middle is scaled to 32 x 32; what is transparent becomes white.
+    Returns (32, 32, 3) uint8. Raises DataError if the file is not there or is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    size = IMAGE_SHAPE[:2]
+    return np.asarray(ImageOps.fit(opaque.convert("RGB"), size, Image.Resampling.LANCZOS))

@@ -160,6 +160,17 @@ class Recipe:
                 raise RecipeError(unknown("recipe field", field, fields))
         return dataclasses.replace(self, **changes)
 
+    @property
+    def split_choices(self) -> dict[str, object]:
+        """What `data.make_splits` takes beside the data set."""
+        return {
+            "protocol": self.protocol,
+            "train_size": self.train_size,
+            "validation_size": self.validation_size,
+            "test_size": self.test_size,
+            "classes": self.classes,
+        }
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 

@@ -60,14 +60,7 @@ def train(
             return run
         (run_dir / "failure.json").unlink(missing_ok=True)
         dataset = dataset or data.load(recipe.dataset)
-        splits = data.make_splits(
-            dataset,
-            recipe.protocol,
-            train_size=recipe.train_size,
-            validation_size=recipe.validation_size,
-            test_size=recipe.test_size,
-            classes=recipe.classes,
-        )
+        splits = data.make_splits(dataset, **recipe.split_choices)
         precision = backend.resolve_precision(recipe.precision)
         model = models.build(recipe.model, precision=precision, seed=recipe.seed)
         compile_model(model, recipe, steps=-(-len(splits.train) // recipe.batch_size))
