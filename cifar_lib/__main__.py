@@ -173,9 +173,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    run = _one_run(options)
-    from cifar_lib import data, evaluation
+    from cifar_lib import data, evaluation, runs
 
+    [run] = runs.finished(options.runs_dir, options.run and [options.run])
     dataset = data.load(run.recipe.dataset)
     split = getattr(data.make_splits(dataset, **run.recipe.split_choices), options.split)
     if split is None:
@@ -189,11 +189,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    run = _one_run(options)
     import numpy as np
 
-    from cifar_lib import data, evaluation, figures
+    from cifar_lib import data, evaluation, figures, runs
 
+    [run] = runs.finished(options.runs_dir, options.run and [options.run])
     images = np.stack([data.read_image(path) for path in options.images])
     names = data.load(run.recipe.dataset).fine_names
     probabilities = evaluation.predict(run.load_model(), images)
@@ -212,10 +212,8 @@ def _predict(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from cifar_lib import reports, runs
 
-    chosen = [runs.load(options.runs_dir / name) for name in options.runs]
-    chosen = chosen or [run for run in runs.find(options.runs_dir) if run.finished]
-    if not chosen:
-        raise runs.RunError(_no_run(options.runs_dir))
+    names = options.runs or [run.name for run in runs.find(options.runs_dir) if run.finished]
+    chosen = runs.finished(options.runs_dir, names)
     print(reports.build(chosen, options.out or options.runs_dir / "report"))
 
 
@@ -224,7 +222,8 @@ def _runs(options: argparse.Namespace) -> None:
 
     found = runs.find(options.runs_dir)
     if not found:
-        raise runs.RunError(_no_run(options.runs_dir))
+        print(f"There is no run in {options.runs_dir}.")
+        return
     width = max(len(run.name) for run in found)
     print(f"{'run':<{width}}  state        epochs     data       test accuracy")
     for run in found:
@@ -246,21 +245,6 @@ def _reference(options: argparse.Namespace) -> None:
     from cifar_lib import reports
 
     print(reports.reference(options.runs_dir))
-
-
-def _one_run(options: argparse.Namespace):
-    from cifar_lib import runs
-
-    if options.run:
-        return runs.load(options.runs_dir / options.run)
-    finished = [run for run in runs.find(options.runs_dir) if run.finished]
-    if not finished:
-        raise runs.RunError(_no_run(options.runs_dir))
-    return finished[-1]
-
-
-def _no_run(runs_dir: Path) -> str:
-    return f"There is no finished run in {runs_dir}. Train one: python -m cifar_lib train quick"
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +140,26 @@ def find(runs_dir: Path | str) -> list[Run]:
     """All runs of a folder, the newest last."""
     recipes = Path(runs_dir).glob("*/recipe.json")
     return [Run(path.parent) for path in sorted(recipes, key=lambda path: path.stat().st_mtime)]
+
+
+def finished(runs_dir: Path | str, names: Sequence[str] = ()) -> list[Run]:
+    """The named runs, or without names the newest finished one.
+
+    Raises:
+        RunError: there is none, or a named one is missing or not finished.
+    """
+    if not names:
+        newest = [run for run in find(runs_dir) if run.finished][-1:]
+        if not newest:
+            raise RunError(
+                f"There is no finished run in {runs_dir}. Make one: python -m cifar_lib train quick"
+            )
+        return newest
+    named = [load(Path(runs_dir) / name) for name in names]
+    for run in named:
+        if not run.finished:
+            raise RunError(f"{run.path} is {run.state}, not finished. Run its recipe again.")
+    return named
 
 
 @contextlib.contextmanager
