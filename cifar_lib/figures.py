@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar_lib.evaluation import wilson_interval
@@ -375,40 +376,43 @@ def _mosaic(
 ) -> Figure:
     # Laid out in whole pixels of the figure, so that every pixel of a picture covers the same
     # number of them; matplotlib's own layout puts pictures at fractions of a pixel.
-    side, gap, margin, line, size = 128, 10, 8, 20, 8.5
-    wrapped = [[textwrap.fill(text, 14) for text in row] for row in captions or []]
-    caption_height = [line * max(text.count("\n") + 1 for text in row) for row in wrapped]
-    row_texts = [textwrap.fill(text, 18) for text in row_labels or []]
-    left = margin + (10 * max(map(len, "\n".join(row_texts).split("\n"))) if row_texts else 0)
-    title = textwrap.fill(title, max(24, int((left + len(pictures[0]) * (side + gap)) / 12.5)))
-    top = margin + 30 * (title.count("\n") + 1) + (line + 6 if column_labels else 0)
-
+    side, gap, margin, line = 128, 10, 8, 19
     columns = max(map(len, pictures))
+    picture_height = side * pictures[0][0].shape[0] // pictures[0][0].shape[1]
+    row_texts = [_wrap(text, 230, 9) for text in row_labels or []]
+    label_widths = [_text_width(text, 9) for lines in row_texts for text in lines]
+    left = margin + (int(max(label_widths)) + gap if label_widths else 0)
     apart = 2 * gap if first_column_apart else 0
     xs = [left + i * (side + gap) + (apart if i else 0) for i in range(columns)]
-    width = xs[-1] + side + margin
+    title_lines = _wrap(title, max(xs[-1] + side - margin, 300), 12)
+    title_width = max(int(_text_width(text, 12)) for text in title_lines)
+    width = max(xs[-1] + side, margin + title_width) + margin
+
+    top = margin + 30 * len(title_lines) + (line + 6 if column_labels else 0)
+    wrapped = [[_wrap(text, side + gap - 4, 8) for text in row] for row in captions or []]
     ys = [top]
-    for row in range(1, len(pictures)):
-        ys.append(ys[-1] + side + (caption_height[row - 1] + 6 if wrapped else gap))
-    height = ys[-1] + side + (caption_height[-1] + 6 if wrapped else margin)
-    # Few pictures under a long title: as wide as the title's longest line.
-    width = max(width, margin + int(12.5 * max(map(len, title.split("\n")))))
+    for i in range(len(pictures)):
+        below = line * max(map(len, wrapped[i])) + gap if wrapped else gap
+        ys.append(ys[-1] + picture_height + below)
+    height = ys.pop()
 
     figure = _figure(width / DPI, height / DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     for row, (y, row_pictures) in enumerate(zip(ys, pictures, strict=True)):
         for column, (x, picture) in enumerate(zip(xs, row_pictures, strict=False)):
-            axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation="nearest")
+            extent = (x, x + side, y + picture_height, y)
+            axes.imshow(picture, extent=extent, interpolation="nearest")
             # Line by line, because text of several lines has no baseline of its own.
-            for number, text in enumerate(wrapped[row][column].split("\n") if wrapped else []):
-                baseline = y + side + 17 + number * line
-                axes.text(x + side / 2, baseline, text, ha="center", va="baseline", fontsize=size)
+            for i, text in enumerate(wrapped[row][column] if wrapped else []):
+                baseline = y + picture_height + 16 + i * line
+                axes.text(x + side / 2, baseline, text, ha="center", va="baseline", fontsize=8)
         if row_texts:
-            axes.text(left - gap, y + side / 2, row_texts[row], ha="right", va="center", size=9)
+            text = "\n".join(row_texts[row])
+            axes.text(left - gap, y + picture_height / 2, text, ha="right", va="center", fontsize=9)
     for x, text in zip(xs, column_labels or [], strict=False):
         axes.text(x + side / 2, top - 4, text, ha="center", va="bottom", fontsize=9)
-    axes.text(margin, margin, title, va="top", fontsize=12)
+    axes.text(margin, margin, "\n".join(title_lines), va="top", fontsize=12)
     # Last, because imshow sets the limits to the picture's own.
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
@@ -514,6 +518,23 @@ def _figure(width: float, height: float, layout: str | None = None) -> Figure:
     # as seaborn does with every label of a heatmap.
     FigureCanvasAgg(figure)
     return figure
+
+
+def _text_width(text: str, size: float) -> float:
+    return TextPath((0, 0), text, size=size).get_extents().width * DPI / 72 if text else 0
+
+
+def _wrap(text: str, width: float, size: float) -> list[str]:
+    # By measured width in pixels, unlike textwrap, because "mm" is as wide as "lilil".
+    lines = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            if lines[-1] and _text_width(f"{lines[-1]} {word}", size) > width:
+                lines.append(word)
+            else:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
 
 
 def _intervals(share: pd.Series, images: pd.Series) -> np.ndarray:
