@@ -1,0 +1,34 @@
+"""What the tests share: the data sets, read once, with caches of their own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cifar_lib import data
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder for this test run alone: the user's own is neither read nor written."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_LIB_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def cifar100(cache: Path) -> data.Dataset:
+    """The real CIFAR-100; tests that need it are skipped where it is not found."""
+    if data.find() is None:
+        pytest.skip("CIFAR-100 is not on this machine: set CIFAR100_DIR to its folder")
+    return data.load("cifar100", download=False)
+
+
+@pytest.fixture(scope="session")
+def synthetic(cache: Path) -> data.Dataset:
+    """The stand-in."""
+    return data.load("synthetic")
