@@ -9,6 +9,7 @@ import copy
 import html
 import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -108,10 +109,11 @@ def execute(
             output,
             dict(parameters),
             kernel_name=KERNEL,
+            language="python",
             cwd=ROOT,
             progress_bar=False,
-            # The kernel's own warnings (about its sockets) tell the reader nothing.
-            extra_arguments=["--log-level=40"],
+            # What the kernel says about its own sockets tells the reader nothing.
+            extra_arguments=["--log-level=50"],
             stdout_file=sys.stdout if echo else None,
             stderr_file=sys.stderr if echo else None,
         )
@@ -119,6 +121,10 @@ def execute(
         pass
     except DeadKernelError:
         _record_death(output)
+    except KeyboardInterrupt:
+        # nbclient leaves a task behind, whose end asyncio would report with a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
     error = failure(output)
     if error:
         raise NotebookError(f"{notebook} failed in {error}\nIts executed copy is {output}")
@@ -201,11 +207,7 @@ def _read(path: Path) -> NotebookNode:
 def _record_death(executed: Path) -> None:
     """Add an error to the cell in which the kernel died, which could not report one itself."""
     notebook = nbformat.read(executed, as_version=4)
-    cell = next(
-        cell
-        for cell in notebook.cells
-        if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"
-    )
+    cell = [cell for cell in notebook.cells if cell.metadata.papermill.start_time][-1]
     message = "the kernel died, often because the memory was full"
     cell.outputs.append(
         nbformat.v4.new_output(
