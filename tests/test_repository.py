@@ -1,0 +1,134 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import cifar_lib
+from cifar_lib import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BACKENDS = re.compile(r"\b(tensorflow|keras|jax|torch)\b")
+WITHOUT_BACKEND = ("data", "recipes", "parameters", "runs", "evaluation", "figures", "reports")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = (ROOT / "requirements.txt").read_text()
+MEGABYTE = 2**20
+
+
+def pinned() -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec.language == "python"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert set(notebook.metadata.get("language_info", {})) <= {"name"}
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, f"metadata of {cell.source[:60]!r}"
+        assert not cell.get("outputs"), f"outputs of {cell.source[:60]!r}"
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_begin_with_a_title_and_then_their_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert re.match(r"# .+\n\n\S", notebook.cells[0].source), "a title and an abstract"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [code[0]]
+    for line in code[0].source.splitlines():
+        assert re.match(r"\w+: .+ = .+  # .+|#|\s|[\])}]|$", line), f"type and comment: {line!r}"
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 40, f"longer than a screen: {cell.source[:60]!r}"
+
+
+def test_every_direct_dependency_is_pinned():
+    pins = pinned()
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        found = [pin for pin in pins if pin.name.lower() == wanted.name.lower()]
+        assert found, f"{wanted.name} is not in requirements.txt: compile it again"
+        for pin in found:
+            (specifier,) = pin.specifier
+            assert specifier.operator == "=="
+            assert wanted.specifier.contains(specifier.version), f"{pin} does not satisfy {line}"
+
+
+def test_requirements_name_no_local_version_folder_or_extra_backend():
+    pins = pinned()
+    assert not [str(pin) for pin in pins if pin.url or "+" in str(pin.specifier)]
+    assert not {pin.name for pin in pins} & {"tensorflow-cpu", "jax", "jaxlib", "torch"}
+    assert not re.search(r"(^|[\s=])(file:|[/~]|[A-Z]:\\|\.\.?/)", REQUIREMENTS, re.M)
+
+
+def test_environment_uses_requirements():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert [re.split("[=<> ]", item)[0] for item in conda] == ["python", "pip"]
+    assert "-r requirements.txt" in pip
+
+
+def test_citation_names_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cifar_lib.__version__
+    assert citation["license"] == PROJECT["license"] == "MIT"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "import cifar_lib"], ["-m", "cifar_lib", "--help"]],
+    ids=["import", "help"],
+)
+def test_the_start_is_quick(arguments):
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    # The time of the processor, which other programs at work do not change.
+    seconds = after.children_user + after.children_system
+    seconds -= before.children_user + before.children_system
+    assert seconds < 1
+    assert not BACKENDS.findall(done.stderr)
+
+
+def test_modules_without_a_network_import_no_backend():
+    code = f"from cifar_lib import {', '.join(WITHOUT_BACKEND)}"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not BACKENDS.findall(done.stderr)
+
+
+def test_make_lists_every_target():
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.findall(r"^ +make (\w+)", listed, re.M) == phony.split()
+
+
+def test_reports_and_figures_stay_small():
+    files = [
+        path
+        for folder in ("reports", "figures")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".html", ".png")
+    ]
+    assert sum(path.stat().st_size for path in files) <= 15 * MEGABYTE
+    pages = [path for path in files if path.suffix == ".html"]
+    assert not [path.name for path in pages if path.stat().st_size > 3 * MEGABYTE]
