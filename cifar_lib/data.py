@@ -289,16 +289,22 @@ def load(name: str = "cifar100", *, download: bool = True) -> Dataset:
     key = f"cifar100-{hashlib.sha256(''.join(SHA256.values()).encode()).hexdigest()[:16]}"
     folder = find()
     cached = _read_cache(key)
-    if cached and folder:
-        _verify_once(folder)
-    elif not cached:
-        if folder is None and not download:
+    if cached is None and folder is None:
+        if not download:
             looked = ", ".join(str(folder) for folder in _usual_folders())
             raise DataError(
                 f"CIFAR-100 is not in {looked}. Set CIFAR100_DIR to the folder with train, test "
                 "and meta, or allow the download."
             )
-        cached = _write_cache(key, *_read_official(folder or _download()))
+        folder = _download()
+    if folder is not None:
+        passed = _passed(folder)
+        if cached is None:
+            cached = _write_cache(key, *_read_official(folder))
+        elif not passed.exists():
+            verify(folder)
+        with contextlib.suppress(OSError):  # a read-only cache: verified again next time
+            passed.touch()
     return _dataset(name, *cached)
 
 
@@ -326,15 +332,11 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _verify_once(folder: Path) -> None:
-    """Verify `folder` unless these very files (by size and time of change) have passed before."""
+def _passed(folder: Path) -> Path:
+    """The mark in the cache that says that these very files, by size and time, were verified."""
     files = [str(folder.resolve()), *(_stamp(folder / file) for file in SHA256)]
-    stamp = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
-    passed = cache_folder() / f"verified-{stamp}"
-    if not passed.exists():
-        verify(folder)
-        with contextlib.suppress(OSError):  # a read-only cache: verified again next time
-            passed.touch()
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return cache_folder() / f"verified-{digest[:32]}"
 
 
 def _read_cache(key: str) -> tuple[dict[str, np.ndarray], dict] | None:
@@ -368,8 +370,9 @@ def _write_cache(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob("building-*"):
-            if time.time() - left_over.stat().st_mtime > 3600:  # its process died
-                shutil.rmtree(left_over, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # renamed by now
+                if time.time() - left_over.stat().st_mtime > 3600:  # its process died
+                    shutil.rmtree(left_over, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=target.parent))
         stamps = {}
         for name, array in arrays.items():

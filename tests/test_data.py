@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -420,7 +419,7 @@ def test_process_killed_while_it_builds(small: Path, monkeypatch: pytest.MonkeyP
     process.stdin.flush()
     while process.poll() is None and not list(data.cache_folder().glob("building-*/*.npy")):
         pass
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     expected = total(data.load())
     (left_over,) = data.cache_folder().glob("building-*")
