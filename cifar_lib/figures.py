@@ -381,7 +381,7 @@ def _mosaic(
     picture_height = side * pictures[0][0].shape[0] // pictures[0][0].shape[1]
     row_texts = [_wrap(text, 230, 9) for text in row_labels or []]
     label_widths = [_text_width(text, 9) for lines in row_texts for text in lines]
-    left = margin + (int(max(label_widths)) + gap if label_widths else 0)
+    left = margin + (int(1.03 * max(label_widths)) + gap if label_widths else 0)
     apart = 2 * gap if first_column_apart else 0
     xs = [left + i * (side + gap) + (apart if i else 0) for i in range(columns)]
     title_lines = _wrap(title, max(xs[-1] + side - margin, 300), 12)
