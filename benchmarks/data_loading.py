@@ -1,6 +1,6 @@
 """How long CIFAR-100 takes to load, beside Keras' own loader.
 
-    CIFAR100_DIR=... python benchmarks/data_loading.py [--repeats 5] [--json FILE]
+    CIFAR100_DIR=... python benchmarks/data_loading.py [--repeats 5] [--out FILE]
 
 Each load is timed in a process of its own, imports not included, and again with a sum over every
 pixel. The files are in the operating system's memory throughout. Keras gets an archive packed from
@@ -11,16 +11,14 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-from cifar_lib import ROOT, data
+from cifar_lib import ROOT, backend, data, runs
 
 OURS = """
 from cifar_lib import data
@@ -89,7 +87,7 @@ def pack_for_keras(home: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="loads of each kind (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     arguments = parser.parse_args()
     if data.find() is None:
         parser.error("CIFAR-100 is not on this machine: set CIFAR100_DIR to its folder")
@@ -112,16 +110,11 @@ def main() -> None:
             f"{name:<30}{row['load']:>8.3f}{row['load_and_sum']:>10.3f}"
             f"{row['lowest']:>9.3f}{row['highest']:>9.3f}"
         )
-    if arguments.json:
-        machine = {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("numpy", "keras", "tensorflow")},
-        }
-        record = {"repeats": arguments.repeats, "seconds": seconds, "machine": machine}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        environment = backend.describe("float32")
+        content = {"repeats": arguments.repeats, "environment": environment, "seconds": seconds}
+        runs.write_json(arguments.out, content)
 
 
 if __name__ == "__main__":

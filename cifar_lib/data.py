@@ -35,6 +35,7 @@ SHA256 = {
     "meta": "a5d4786345c961390f865e93b434dbd5c6904ce880667e0cb888c97d449f28b9",
 }
 
+SYNTHETIC_TITLE = "synthetic stand-in, not CIFAR-100"
 # To raise when the drawing changes, so that an old cache is not read.
 SYNTHETIC_VERSION = 1
 
@@ -114,7 +115,7 @@ class Dataset:
     @property
     def title(self) -> str:
         """What a figure's title calls the data set."""
-        return "synthetic stand-in, not CIFAR-100" if self.synthetic else "CIFAR-100"
+        return SYNTHETIC_TITLE if self.synthetic else "CIFAR-100"
 
 
 @dataclass(frozen=True, eq=False)

@@ -303,7 +303,7 @@ def _finish(
             f"{split.name}_indices": split.indices,
         }
     history = pd.DataFrame(recorder.history)
-    best = history["val_loss"].idxmin() if "val_loss" in history else None
+    best = history["val_accuracy"].idxmax() if "val_accuracy" in history else None
     metrics |= {
         "parameters": model.count_params(),
         "train_images": len(splits.train),

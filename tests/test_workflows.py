@@ -1,0 +1,127 @@
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cifar_lib import ROOT, recipes, reports, runs, workflows
+
+TINY = {"train_size": 128, "validation_size": 100, "test_size": 400, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("workplace")
+
+
+@pytest.fixture(scope="module")
+def run(workplace, synthetic):
+    recipe = recipes.get("quick", dataset="synthetic", **TINY)
+    return workflows.train(recipe, workplace / "runs", workplace / "figures")
+
+
+@pytest.fixture(scope="module")
+def index(workplace, run):
+    return workflows.report(
+        [run],
+        workplace / "report",
+        output_dir=workplace / "figures",
+        tables_dir=workplace / "tables",
+    )
+
+
+def test_the_training_notebook_leaves_a_finished_run_and_itself(run):
+    assert run.finished
+    executed = nbformat.read(run.path / "notebook.ipynb", as_version=4)
+    text = json.dumps(executed.cells)
+    assert run.name in text
+    # A log, not a terminal: one line an epoch.
+    assert re.search(r"epoch 1/2 .*?\\\\nepoch 2/2 ", text)
+    assert "Traceback" not in text
+
+
+def test_every_notebook_becomes_a_page_that_names_the_stand_in(index, run):
+    pages = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"04_train"}
+    for name in ["index", run.name, *pages]:
+        page = index.with_name(f"{name}.html").read_text("utf-8")
+        assert "synthetic stand-in, not CIFAR-100" in page, name
+        assert "Traceback" not in page, name
+
+
+def test_pictures_are_legible_files_of_reasonable_size(index, workplace):
+    pictures = sorted((workplace / "figures").glob("*.png"))
+    assert len(pictures) >= 12
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert min(picture.size) >= 150, path
+        assert path.stat().st_size < 1_500_000, path
+
+
+def test_tables_agree_with_the_metrics(index, run, workplace):
+    folder = workplace / "tables" / run.name
+    test = run.metrics["test"]
+    classes = pd.read_csv(folder / "per_class.csv")
+    right = (classes["recall"] * classes["images"]).sum()
+    assert right == pytest.approx(test["accuracy"] * test["images"])
+    confused = pd.read_csv(folder / "confused.csv")
+    assert confused["count"].sum() == pytest.approx(test["images"] - right)
+    reliability = pd.read_csv(folder / "reliability.csv")
+    assert reliability["images"].sum() == test["images"]
+    examples = pd.read_csv(folder / "examples.csv")
+    assert len(examples) == 4
+
+
+def test_the_headline_puts_the_deck_first(run):
+    table = workflows.headline([run])
+    assert table.iloc[0][["epochs", "accuracy", "loss"]].tolist() == [139, 0.6187, 1.5597]
+    assert table.iloc[1]["accuracy"] == run.metrics["test"]["accuracy"]
+
+
+def test_runs_of_two_data_sets_make_no_report(run, workplace):
+    other = workplace / "other"
+    other.mkdir()
+    runs.write_atomically(other / "recipe.json", recipes.get("seed").to_json().encode())
+    with pytest.raises(runs.RunError, match="cifar100, synthetic"):
+        workflows.report(
+            [run, runs.Run(other)], workplace / "no", output_dir=other, tables_dir=other
+        )
+
+
+def test_a_notebook_refuses_a_parameter_that_it_does_not_have(tmp_path):
+    with pytest.raises(reports.NotebookError, match=r"'epcohs' is unknown\. Did you mean 'epochs'"):
+        reports.execute(
+            ROOT / "notebooks" / "04_train.ipynb", tmp_path / "executed.ipynb", {"epcohs": 3}
+        )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_notebook_checks_its_parameters_first(path):
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert "parameters.check(In)" in code[1].source
+
+
+@pytest.mark.parametrize("name", ["01_dataset", "02_augmentation"])
+def test_notebooks_about_the_data_run_on_the_real_one(name, cifar100, tmp_path):
+    executed = tmp_path / f"{name}.ipynb"
+    parameters = {"dataset": "cifar100", "output_dir": str(tmp_path)}
+    reports.execute(ROOT / "notebooks" / executed.name, executed, parameters)
+    text = executed.read_text("utf-8")
+    assert "stand-in" not in text.partition("## Setup")[2]
+    assert "crocodile" in text
+
+
+def test_the_readme_s_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert workflows.with_tables(text, workflows.readme_tables(ROOT / "results")) == text
+
+
+def test_a_table_without_its_place_is_refused():
+    with pytest.raises(ValueError, match="<!-- speed -->"):
+        workflows.with_tables("no place", {"speed": "| 1 |"})
+
+
+def test_the_repository_s_pictures_and_pages_stay_small():
+    files = [p for folder in ("figures", "reports") for p in (ROOT / folder).rglob("*")]
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 15_000_000
