@@ -60,17 +60,19 @@ class GeneratorPolicy:
     ) -> np.ndarray:
         seeds = (_uniform(seed, epoch, indices, 1)[:, 0] * 2**32).astype(np.uint32)
         images = scale(images)
-        for image, image_seed in zip(images, seeds, strict=True):
-            transform = self.transform(int(image_seed))
+        for image, transform in zip(images, self.transforms(seeds), strict=True):
             image[...] = self.generator.apply_transform(image, transform)
         return images
 
-    def transform(self, seed: int) -> dict[str, float]:
-        """Draw one picture's transform, and leave numpy's global generator as it was."""
+    def transforms(self, seeds: np.ndarray) -> list[dict[str, float]]:
+        """Draw a transform for each seed, and leave numpy's global generator as it was."""
         with _numpy_global_generator:
             state = np.random.get_state()
             try:
-                return self.generator.get_random_transform(IMAGE_SHAPE, seed=seed)
+                return [
+                    self.generator.get_random_transform(IMAGE_SHAPE, seed=int(seed))
+                    for seed in seeds
+                ]
             finally:
                 np.random.set_state(state)
 
