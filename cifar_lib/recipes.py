@@ -98,9 +98,11 @@ class Recipe:
             if getattr(self, field) not in names:
                 raise RecipeError(unknown(field, getattr(self, field), names))
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise RecipeError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+            raise RecipeError(
+                f"learning_rate is {self.learning_rate}; it must be a finite number above 0."
+            )
         if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise RecipeError(f"decay is {self.decay}; it must be 0 or more.")
+            raise RecipeError(f"decay is {self.decay}; it must be a finite number, 0 or more.")
         for field, least in (
             ("batch_size", 1),
             ("epochs", 1),
@@ -188,7 +190,7 @@ class Recipe:
 def unknown(kind: str, value: object, names: Iterable[str]) -> str:
     """The message that `value` is none of `names`, with the nearest one."""
     names = list(names)
-    nearest = difflib.get_close_matches(str(value), names, n=1)
+    nearest = difflib.get_close_matches(str(value).lower(), names, n=1)
     guess = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"{kind} {value!r} is unknown.{guess} Known: {', '.join(names)}."
 
