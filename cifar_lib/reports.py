@@ -36,6 +36,9 @@ PICTURE_SIZE = (1200, 800)
 RESERVED = {"index", "search", "genindex"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
+# pandas names a styled table at random.
+STYLED_TABLE = re.compile(r'<table id="(?P<name>T_[0-9a-f]+)"')
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # papermill puts cells with this tag before the title and before the cell that failed.
 ERROR_MARKER = "papermill-error-cell-tag"
 
@@ -262,10 +265,17 @@ def _remove_volatile(notebook: NotebookNode) -> None:
         cell.id = f"cell-{number}"
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = [
-                output for output in cell.outputs if WIDGET not in output.get("data", {})
-            ]
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+        for position, output in enumerate(cell.outputs):
+            data = output.get("data", {})
+            if "text/plain" in data:
+                data["text/plain"] = ADDRESS.sub("", data["text/plain"])
+            styled = STYLED_TABLE.search(data.get("text/html", ""))
+            if styled:
+                name = f"T_{number}_{position}"
+                data["text/html"] = data["text/html"].replace(styled["name"], name)
 
 
 def _picture(notebook: NotebookNode) -> bytes | None:

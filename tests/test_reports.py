@@ -25,6 +25,7 @@ GOOD = [
     ),
     new_markdown_cell("## Other outputs"),
     new_code_cell("import pandas as pd\npd.DataFrame({'n': range(count)})"),
+    new_code_cell("pd.DataFrame({'n': range(count)}).style.format('{:.2f}')"),
     new_code_cell("import ipywidgets\nipywidgets.IntSlider()"),
     new_code_cell("from IPython.display import Latex\nLatex('$x^2$')"),
 ]
