@@ -6,7 +6,10 @@ float32, shape (N, classes). Scaling and augmentation belong to the data path, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+
+import pandas as pd
 
 from cifar_lib.backend import keras
 from cifar_lib.data import IMAGE_SHAPE, NUM_CLASSES
@@ -67,3 +70,62 @@ def build(
         return BUILDERS[name](num_classes, counter.__next__)
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def summary(model: keras.Model) -> pd.DataFrame:
+    """Describe every layer of a network of square pictures, channels last.
+
+    Columns: `layer` (its name), `kind`, `output_shape` (without the batch), `parameters`,
+    `multiply_adds` (for one picture; those of kernels, not of biases and activations) and
+    `receptive_field`, the side in input pixels of what one output can depend on, at most the
+    picture's: Araujo et al. 2019, "Computing receptive fields of convolutional neural networks".
+    """
+    side = model.input_shape[1]
+    # Of each layer: the receptive field, and by how many input pixels neighbouring outputs differ.
+    reach: dict[str, tuple[int, int]] = {}
+    rows = []
+    for layer in model.layers:
+        if isinstance(layer, layers.InputLayer):
+            continue
+        inputs = [
+            reach.get(tensor._keras_history.operation.name, (1, 1))
+            for tensor in keras.tree.flatten(layer.input)
+        ]
+        field, step = max(inputs)
+        window, stride = _window(layer)
+        field += (window - 1) * step
+        reach[layer.name] = field, step * stride
+        kernels = sum(math.prod(w.shape) for w in layer.weights if w.name.endswith("kernel"))
+        *positions, _ = layer.output.shape[1:]
+        rows.append(
+            {
+                "layer": layer.name,
+                "kind": _kind(layer),
+                "output_shape": tuple(layer.output.shape[1:]),
+                "parameters": layer.count_params(),
+                "multiply_adds": kernels * math.prod(positions),
+                "receptive_field": min(field, side),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _window(layer: keras.Layer) -> tuple[int, int]:
+    config = layer.get_config()
+    if "kernel_size" in config:
+        return config["dilation_rate"][0] * (config["kernel_size"][0] - 1) + 1, config["strides"][0]
+    if "pool_size" in config:
+        return config["pool_size"][0], config["strides"][0]
+    if isinstance(
+        layer, layers.Flatten | layers.GlobalAveragePooling2D | layers.GlobalMaxPooling2D
+    ):
+        return layer.input.shape[1], 1
+    return 1, 1
+
+
+def _kind(layer: keras.Layer) -> str:
+    config = layer.get_config()
+    details = [config.get(key) for key in ("kernel_size", "pool_size", "rate", "padding")]
+    details.append(config.get("activation"))
+    words = ["x".join(map(str, d)) if isinstance(d, tuple | list) else d for d in details]
+    return " ".join([type(layer).__name__, *(str(w) for w in words if w not in (None, "linear"))])

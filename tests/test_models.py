@@ -1,0 +1,118 @@
+import math
+
+import numpy as np
+import pytest
+
+from cifar_lib import models
+from cifar_lib.backend import keras
+
+layers = keras.layers
+
+
+def test_summary_of_the_seed_network():
+    table = models.summary(models.build("seed"))
+    assert len(table) == 16
+    assert table["parameters"].sum() == 6_777_060
+    assert table["output_shape"][9] == (4, 4, 512)
+    # By hand, from 3 + 2 for a convolution, + the step for a pooling that then doubles the step.
+    assert list(table["receptive_field"][:10]) == [3, 5, 6, 6, 10, 14, 16, 16, 24, 32]
+    # Positions x window x channels in x channels out, layer by layer.
+    assert table["multiply_adds"].sum() == (
+        32**2 * 9 * 3 * 128
+        + 30**2 * 9 * 128 * 128
+        + 15**2 * 9 * 128 * 256
+        + 13**2 * 9 * 256 * 256
+        + 6**2 * 9 * 256 * 512
+        + 4**2 * 9 * 512 * 512
+        + 2048 * 1024
+        + 1024 * 100
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [layers.Conv2D(4, 3, dilation_rate=2), layers.Conv2D(4, 5, strides=2), layers.Conv2D(4, 3)],
+        [
+            layers.DepthwiseConv2D(3, padding="same"),
+            layers.AveragePooling2D(3),
+            layers.Conv2D(2, 3),
+        ],
+        [layers.Conv2D(4, 7, strides=2), layers.BatchNormalization(), layers.Conv2D(4, 1)],
+    ],
+)
+def test_receptive_field_is_what_an_output_depends_on(body):
+    model = keras.Sequential([keras.Input((64, 64, 3)), *body])
+    random = np.random.default_rng(0)
+    picture = random.normal(size=(1, 64, 64, 3))
+    middle = tuple(side // 2 for side in model.output_shape[1:3])
+    # Change one column at a time and see whether the output in the middle changes.
+    changed = np.repeat(picture, 64, axis=0)
+    changed[np.arange(64), :, np.arange(64)] += random.normal(size=(64, 64, 3))
+    outputs = model.predict_on_batch(np.concatenate([picture, changed]))[:, *middle]
+    depends = np.flatnonzero(np.abs(outputs[1:] - outputs[0]).max(axis=-1) > 1e-6)
+    assert np.ptp(depends) + 1 == models.summary(model)["receptive_field"].iloc[-1]
+
+
+def test_summary_of_a_network_with_a_branch():
+    picture = keras.Input((32, 32, 3))
+    stem = layers.Conv2D(8, 3, padding="same", name="stem")(picture)
+    branch = layers.Conv2D(8, 3, padding="same", name="branch")(stem)
+    added = layers.Add(name="added")([stem, branch])
+    pooled = layers.GlobalAveragePooling2D(name="pooled")(added)
+    model = keras.Model(picture, layers.Dense(10, name="classes")(pooled))
+    table = models.summary(model).set_index("layer")
+    assert list(table.index) == ["stem", "branch", "added", "pooled", "classes"]
+    assert table["parameters"].sum() == model.count_params()
+    assert list(table["receptive_field"]) == [3, 5, 5, 32, 32]
+    assert table["multiply_adds"]["branch"] == math.prod((32, 32, 3, 3, 8, 8))
+    assert table["multiply_adds"]["classes"] == 80
+
+
+def test_the_seed_network_is_the_decks():
+    model = models.build("seed")
+    kinds = [type(layer).__name__ for layer in model.layers]
+    block = ["Conv2D", "Conv2D", "MaxPooling2D", "Dropout"]
+    assert kinds == [*block * 3, "Flatten", "Dense", "Dropout", "Dense"]
+    assert model.count_params() == 6_777_060
+
+    configs = [layer.get_config() for layer in model.layers]
+    convolutions = [config for config in configs if "filters" in config]
+    assert [config["filters"] for config in convolutions] == [128, 128, 256, 256, 512, 512]
+    assert [config["padding"] for config in convolutions] == ["same", "valid"] * 3
+    assert {config["kernel_size"] for config in convolutions} == {(3, 3)}
+    assert {config["pool_size"] for config in configs if "pool_size" in config} == {(2, 2)}
+    assert [config["rate"] for config in configs if "rate" in config] == [0.25, 0.25, 0.25, 0.5]
+    assert [config["units"] for config in configs if "units" in config] == [1024, 100]
+    activations = [config["activation"] for config in configs if "activation" in config]
+    assert activations == ["elu"] * 7 + ["softmax"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_outputs_are_probabilities_in_float32(precision):
+    policy = keras.config.dtype_policy()
+    model = models.build("seed", precision=precision)
+    assert keras.config.dtype_policy() == policy, "the global policy is the caller's"
+    assert {str(weight.dtype) for weight in model.weights} == {"float32"}
+    assert model.layers[0].compute_dtype == precision
+
+    images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
+    probabilities = model.predict_on_batch(images)
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == (3, 100)
+    assert (probabilities >= 0).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+def test_the_seed_decides_the_weights():
+    first, again, other = (models.build("seed", seed=seed).get_weights() for seed in (7, 7, 8))
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.ndim == 1 or not np.array_equal(a, c)
+    kernels = [array for array in first if array.ndim > 1]
+    # Glorot and Bengio 2010: uniform in +-sqrt(6 / (inputs + outputs)).
+    for kernel in kernels:
+        window = math.prod(kernel.shape[:-2])
+        limit = math.sqrt(6 / (window * sum(kernel.shape[-2:])))
+        assert 0.99 * limit < np.abs(kernel).max() <= limit
+    assert len({kernel.flat[0] for kernel in kernels}) == len(kernels), "each layer has its own"
