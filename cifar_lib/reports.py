@@ -196,6 +196,28 @@ def render(
     return out / "index.html"
 
 
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in the Markdown of code hosts: numbers to the right, fractions with four digits.
+
+    The index of `table` is left out, and missing values are empty cells.
+    """
+    table = table.convert_dtypes()
+
+    def text(value: object) -> str:
+        if pd.isna(value):
+            return ""
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        return shown.replace("|", r"\|").replace("\n", " ")
+
+    numbers = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
+    rows = [
+        [str(column) for column in table.columns],
+        ["---:" if number else "---" for number in numbers],
+        *([text(value) for value in row] for row in table.itertuples(index=False)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _read(path: Path) -> NotebookNode:
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -315,7 +337,7 @@ def _overview(
             for page in failed
         )
     if headline is not None:
-        parts += ["## Headline numbers", _markdown_table(headline)]
+        parts += ["## Headline numbers", markdown_table(headline)]
     for page in pages:
         parts += [f"## {page.title}", page.abstract]
         if page.failure:
@@ -325,7 +347,7 @@ def _overview(
             parts.append(f'<p class="picture"><a href="{page.name}.html">{picture}</a></p>')
         parts.append(f"{_link(f'{page.name}.html', 'Read the page')} · {_notebook_link(page.name)}")
     if environment:
-        parts += ["## How it was made", _markdown_table(_environment_table(environment))]
+        parts += ["## How it was made", markdown_table(_environment_table(environment))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -344,20 +366,6 @@ def _environment_table(environment: Mapping[str, Any]) -> pd.DataFrame:
             value = ", ".join(f"{name} {item}" for name, item in value.items())
         rows.append((key, "not known" if value is None else value))
     return pd.DataFrame(rows, columns=["what", "value"])
-
-
-def _markdown_table(table: pd.DataFrame) -> str:
-    def text(value: object) -> str:
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return shown.replace("|", r"\|").replace("\n", " ")
-
-    numbers = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
-    rows = [
-        [str(column) for column in table.columns],
-        ["---:" if number else "---" for number in numbers],
-        *([text(value) for value in row] for row in table.itertuples(index=False)),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _write_source(source: Path, pages: Sequence[_Page], overview: str, dataset_title: str) -> None:

@@ -173,6 +173,18 @@ def test_the_index_shows_numbers_pictures_environment_and_the_failure(report):
             assert part in text, part
 
 
+def test_markdown_tables_show_whole_numbers_fractions_gaps_and_bars():
+    table = pd.DataFrame(
+        {"run": ["a|b", "deck"], "epochs": [5, None], "accuracy": [0.30001, 0.6187]}
+    )
+    assert reports.markdown_table(table).splitlines() == [
+        "| run | epochs | accuracy |",
+        "| --- | ---: | ---: |",
+        r"| a\|b | 5 | 0.3000 |",
+        "| deck |  | 0.6187 |",
+    ]
+
+
 def test_synthetic_data_is_marked_on_every_page_and_real_data_is_not(report, executed, tmp_path):
     pages = [*report.parent.glob("*.html"), report.parent / "README.md"]
     assert all(f"Made with a {STAND_IN}" in page.read_text() for page in pages)
