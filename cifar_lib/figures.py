@@ -419,6 +419,82 @@ def _mosaic(
 
 
 @matplotlib.rc_context(_STYLE)
+def network_diagram(summary: pd.DataFrame, input_shape: tuple[int, int, int], title: str) -> Figure:
+    """Draw a network from its input down to its classes, a bar for each layer.
+
+    `summary` is what `models.summary` returns. A bar is as wide as the side of the layer's output
+    (of a vector: as the square root of its length, at most the picture's side) and as thick as the
+    logarithm of its channels.
+    Raises ValueError for a network without layers.
+    """
+    if summary.empty:
+        raise ValueError("summary has no layer: nothing to draw")
+    widest = input_shape[0]
+    rows = [("input", input_shape, 0, 0, 1), *summary.drop(columns="layer").itertuples(index=False)]
+    pitch, top = 0.29, 0.75
+    height = top + pitch * (len(rows) + 1) + 0.15
+    figure = _figure(9.2, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    figure.text(0.1 / 9.2, 1 - 0.1 / height, title, va="top", fontsize=12)
+    columns = {"layer": 2.75, "output": 5.75, "parameters": 6.75, "multiply-adds": 7.95}
+    columns["receptive field"] = 9.1
+    for heading, x in columns.items():
+        align = "left" if heading == "layer" else "right"
+        axes.text(x, 0.6, heading, ha=align, va="center", color="0.4", fontsize=9)
+    axes.plot([1.35, 1.35], [top + pitch / 2, top + pitch * (len(rows) - 0.5)], color="0.25", lw=1)
+    for number, (kind, shape, parameters, multiply_adds, field) in enumerate(rows):
+        y = top + pitch * (number + 0.5)
+        across = shape[0] if len(shape) == 3 else np.sqrt(shape[0])
+        width = 2.5 * min(across / widest, 1)
+        thickness = min(0.026 * np.log2(shape[-1]) if len(shape) == 3 else 0.05, pitch - 0.04)
+        axes.add_patch(
+            Rectangle(
+                (1.35 - width / 2, y - thickness / 2),
+                width,
+                thickness,
+                facecolor=_layer_color(kind),
+                edgecolor="0.25",
+                linewidth=0.6,
+                zorder=3,
+            )
+        )
+        texts = [
+            kind,
+            " x ".join(map(str, shape)),
+            f"{parameters:,}" if parameters else "",
+            f"{multiply_adds:,}" if multiply_adds else "",
+            str(field),
+        ]
+        for (heading, x), text in zip(columns.items(), texts, strict=True):
+            align = "left" if heading == "layer" else "right"
+            axes.text(x, y, text, ha=align, va="center", fontsize=9)
+    y = top + pitch * (len(rows) + 0.5)
+    axes.plot(
+        [columns["layer"], columns["receptive field"]], [y - pitch / 2] * 2, color="0.6", lw=0.8
+    )
+    totals = {"layer": "total"}
+    totals["parameters"] = f"{summary['parameters'].sum():,}"
+    totals["multiply-adds"] = f"{summary['multiply_adds'].sum():,}"
+    for heading, text in totals.items():
+        align = "left" if heading == "layer" else "right"
+        axes.text(columns[heading], y, text, ha=align, va="center", fontsize=9, fontweight="bold")
+    axes.set(xlim=(0, 9.2), ylim=(height, 0))
+    return figure
+
+
+def _layer_color(kind: str) -> str:
+    for words, color in (
+        (("Conv", "Dense"), _PALETTE[0]),
+        (("Pool",), _PALETTE[1]),
+        (("Dropout",), "0.85"),
+    ):
+        if any(word in kind for word in words):
+            return color
+    return "white"
+
+
+@matplotlib.rc_context(_STYLE)
 def prediction_cards(
     images: np.ndarray,
     true_names: Sequence[str | None],

@@ -220,6 +220,26 @@ def test_prediction_cards_say_right_and_wrong_in_words():
     assert "second" in found
 
 
+def test_network_diagram_draws_and_adds_up_every_layer():
+    summary = pd.DataFrame(
+        {
+            "layer": ["a", "b", "c"],
+            "kind": ["Conv2D 3x3 same", "GlobalAveragePooling2D", "Dense softmax"],
+            "output_shape": [(16, 16, 8), (8,), (100,)],
+            "parameters": [1000, 0, 234],
+            "multiply_adds": [50_000, 0, 1],
+            "receptive_field": [3, 32, 32],
+        }
+    )
+    figure = figures.network_diagram(summary, (32, 32, 3), "A network, CIFAR-100")
+    found = texts(figure)
+    assert {"input", "16 x 16 x 8", "Dense softmax", "1,234", "50,001"} <= set(found)
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([2.5, 1.25, 2.5 * 8**0.5 / 32, 2.5 * 10 / 32])
+    with pytest.raises(ValueError, match="no layer"):
+        figures.network_diagram(summary[:0], (32, 32, 3), "A network, CIFAR-100")
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
