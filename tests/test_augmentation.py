@@ -1,0 +1,229 @@
+"""Augmentation: the deck's ImageDataGenerator, the same as layers, and the batches."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from tensorflow.keras.preprocessing.image import ImageDataGenerator
+
+from cifar_lib import augmentation
+from cifar_lib.augmentation import Batches, GeneratorPolicy
+from cifar_lib.backend import keras
+from cifar_lib.data import Split
+from cifar_lib.recipes import AUGMENTATIONS
+
+# As the slide deck prints them.
+DECK = dict(  # noqa: C408
+    featurewise_center=False,
+    samplewise_center=False,
+    featurewise_std_normalization=False,
+    samplewise_std_normalization=False,
+    zca_whitening=False,
+    rotation_range=0,
+    width_shift_range=0.1,
+    height_shift_range=0.1,
+    horizontal_flip=True,
+    vertical_flip=True,
+)
+DRAWS = 3_000
+
+
+def noise(number: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), np.uint8)
+
+
+def make_split(number: int) -> Split:
+    labels = np.arange(number)
+    return Split("train", noise(number), labels % 100, labels % 20, 7 * labels)
+
+
+@pytest.fixture(scope="module")
+def policies() -> dict[str, augmentation.Policy]:
+    return {name: augmentation.make(name) for name in AUGMENTATIONS}
+
+
+@pytest.fixture(scope="module")
+def found(policies) -> dict[str, dict[str, np.ndarray]]:
+    """Shifts in pixels (down, right) and flips of many draws, read off a picture of ramps."""
+    rows, columns = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
+    ramps = np.stack([8 * rows, 8 * columns, 0 * rows], -1).astype(np.uint8)
+    images = np.broadcast_to(ramps, (DRAWS, 32, 32, 3))
+    found = {}
+    for name in ("seed", "seed_layers", "shift_flip"):
+        out = policies[name](images, 3, 5, np.arange(DRAWS)) * (255 / 8)
+        vertical = out[:, 20, 16, 0] < out[:, 12, 16, 0]
+        horizontal = out[:, 16, 20, 1] < out[:, 16, 12, 1]
+        out[vertical] = out[vertical, ::-1]
+        out[horizontal] = out[horizontal, :, ::-1]
+        shifts = {"down": 16 - out[:, 16, 16, 0], "right": 16 - out[:, 16, 16, 1]}
+        found[name] = shifts | {"vertical": vertical, "horizontal": horizontal}
+    return found
+
+
+def test_the_arguments_are_the_decks():
+    assert augmentation.SEED_ARGUMENTS == DECK
+    assert set(augmentation.BUILDERS) == set(AUGMENTATIONS)
+
+
+def test_no_augmentation_only_scales(policies):
+    images = np.arange(256, dtype=np.uint8).repeat(36).reshape(3, 32, 32, 3)
+    out = policies["none"](images, 0, 0, np.arange(3))
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, images / 255, rtol=1e-6)
+
+
+def test_the_seed_policy_is_the_generator_used_by_hand():
+    seeds = []
+
+    class Recording(GeneratorPolicy):
+        def transforms(self, given):
+            seeds.extend(given)
+            return super().transforms(given)
+
+    images = noise(8)
+    out = Recording(**augmentation.SEED_ARGUMENTS)(images, 1, 2, np.arange(8))
+    by_hand = ImageDataGenerator(rescale=1 / 255, **DECK)
+    state = np.random.get_state()
+    for image, seed, ours in zip(images, seeds, out, strict=True):
+        theirs = by_hand.standardize(by_hand.random_transform(image.astype(np.float32), seed))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    np.random.set_state(state)
+    assert len(set(seeds)) == 8
+
+
+def test_the_policy_called_seed_is_the_generator(policies):
+    assert isinstance(policies["seed"], GeneratorPolicy)
+
+
+def test_generator_and_layers_agree_on_the_same_shifts_and_flips(policies):
+    images = noise(64)
+    transforms = policies["seed"].transforms(np.arange(64))
+    # The generator says where a pixel comes from, the layer where it goes.
+    translations = -np.array([(t["tx"], t["ty"]) for t in transforms])
+    flips = np.array([(t["flip_horizontal"], t["flip_vertical"]) for t in transforms], bool)
+    assert len(np.unique(flips, axis=0)) == 4
+    layers = policies["seed_layers"].apply(images, translations, flips)
+    apply = policies["seed"].generator.apply_transform
+    for image, transform, ours in zip(images, transforms, layers, strict=True):
+        theirs = apply(image.astype(np.float32) / 255, transform)
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["seed", "seed_layers", "shift_flip"])
+@pytest.mark.parametrize("direction", ["down", "right"])
+def test_shifts_are_uniform_within_a_tenth_of_the_side(found, name, direction):
+    shifts = found[name][direction]
+    assert np.abs(shifts).max() <= 3.2 + 1e-3
+    assert stats.kstest(shifts, "uniform", (-3.2, 6.4)).pvalue > 1e-3
+    other = found["seed"][direction]
+    if name != "seed":
+        assert stats.ks_2samp(shifts, other).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["seed", "seed_layers", "shift_flip"])
+def test_flips_are_fair_and_independent_of_each_other_and_the_shifts(found, name):
+    draws = found[name]
+    horizontal, vertical = draws["horizontal"], draws["vertical"]
+    if name == "shift_flip":
+        assert not vertical.any()
+        assert stats.binomtest(int(horizontal.sum()), DRAWS).pvalue > 1e-3
+    else:
+        # Keras' own RandomFlip("horizontal_and_vertical") fills only two of these four.
+        four = np.bincount(2 * horizontal + vertical, minlength=4)
+        assert stats.chisquare(four).pvalue > 1e-3
+    for shift in ("down", "right"):
+        assert stats.ks_2samp(draws[shift][horizontal], draws[shift][~horizontal]).pvalue > 1e-3
+    assert stats.pearsonr(draws["down"], draws["right"]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_pictures_augmentation_depends_on_seed_epoch_and_index_alone(policies, name):
+    policy, images = policies[name], noise(40)
+    indices = np.random.default_rng(1).permutation(50_000)[:40]
+    whole = policy(images, 1, 2, indices)
+    assert whole.dtype == np.float32 and whole.shape == images.shape
+    assert whole.min() >= 0 and whole.max() <= 1
+    shuffled = np.random.default_rng(2).permutation(40)
+    for size in (1, 7, 40):
+        for start in range(0, 40, size):
+            rows = shuffled[start : start + size]
+            np.testing.assert_array_equal(policy(images[rows], 1, 2, indices[rows]), whole[rows])
+    if name != "none":
+        for seed, epoch, others in ((2, 2, indices), (1, 3, indices), (1, 2, indices[::-1])):
+            changed = policy(images, seed, epoch, others) != whole
+            assert changed.any(axis=(1, 2, 3)).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_what_goes_in_and_numpys_global_generator_stay_as_they_are(policies, name):
+    split = make_split(20)
+    before = split.images.copy()
+    np.random.seed(5)
+    expected = np.random.random(3)
+    np.random.seed(5)
+    Batches(split, 8, policies[name], seed=1, shuffle=True)[0]
+    np.testing.assert_array_equal(np.random.random(3), expected)
+    np.testing.assert_array_equal(split.images, before)
+
+
+def read(batches: Batches, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    batches.epoch = epoch
+    images, labels = zip(*(batches[n] for n in range(len(batches))), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 50, 99, 100])
+def test_an_epoch_holds_every_picture_once_with_its_own_label(batch_size):
+    split = make_split(99)  # its labels are the rows
+    images, labels = read(Batches(split, batch_size, seed=1, shuffle=True), 3)
+    assert sorted(labels) == list(range(99))
+    np.testing.assert_allclose(images * 255, split.images[labels], atol=1e-3)
+    unshuffled = read(Batches(split, batch_size), 3)[1]
+    np.testing.assert_array_equal(unshuffled, np.arange(99))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    split = make_split(99)
+
+    def order(batch_size: int, seed: int, epoch: int) -> list[int]:
+        return list(read(Batches(split, batch_size, seed=seed, shuffle=True), epoch)[1])
+
+    assert order(32, 1, 3) == order(32, 1, 3) == order(50, 1, 3)
+    different = [order(32, seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
+    assert len({tuple(labels) for labels in different}) == 6
+    batches = Batches(split, 32, seed=1, shuffle=True)
+    read(batches, 0)
+    assert list(read(batches, 3)[1]) == order(32, 1, 3), "earlier epochs leave no trace"
+
+
+def test_any_number_of_workers_trains_in_the_same_order(policies):
+    split = make_split(90)
+
+    def network() -> keras.Model:
+        zeros = keras.initializers.Zeros()
+        layers = [
+            keras.Input((32, 32, 3)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(100, activation="softmax", kernel_initializer=zeros),
+        ]
+        model = keras.Sequential(layers)
+        model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+        return model
+
+    def batches() -> Batches:
+        return Batches(split, 8, policies["seed"], seed=1, shuffle=True)
+
+    by_hand, ours = network(), batches()
+    for ours.epoch in range(3):
+        for number in range(len(ours)):
+            by_hand.train_on_batch(*ours[number])
+    for workers in (1, 2, 5):
+        model, ours = network(), batches()
+        ours.workers = workers
+
+        class Epochs(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch: int, logs: dict | None = None, ours=ours) -> None:
+                ours.epoch = epoch
+
+        model.fit(ours, epochs=3, shuffle=False, verbose=0, callbacks=[Epochs()])
+        for trained, expected in zip(model.get_weights(), by_hand.get_weights(), strict=True):
+            np.testing.assert_allclose(trained, expected, atol=1e-6)

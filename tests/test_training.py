@@ -1,0 +1,416 @@
+"""Training: stopped at any moment it ends as if undisturbed; what it records; when it refuses.
+
+Runs are stopped in a thread while the same recipes are trained undisturbed in this process.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cifar_lib import ROOT, data, recipes, runs, training
+from cifar_lib.__main__ import main
+from cifar_lib.recipes import Recipe
+
+SMALL = {
+    "dataset": "synthetic",
+    "train_size": 64,
+    "validation_size": 100,
+    "test_size": 100,
+    "epochs": 4,
+}
+# Together: every augmentation, optimiser, schedule, precision and protocol, and early stopping.
+# All have dropout.
+RECIPES = {
+    "seed": {"optimizer": "adam", "schedule": "cosine", "precision": "float32"},
+    "none": {"optimizer": "rmsprop", "precision": "bfloat16", "protocol": "final"},
+    "seed_layers": {"optimizer": "sgd", "schedule": "constant", "protocol": "deck"},
+    "shift_flip": {
+        "optimizer": "adam",
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "early_stopping_patience": 1,
+        "epochs": 20,
+    },
+}
+
+
+def make_recipe(augmentation: str) -> Recipe:
+    return recipes.get("seed", augmentation=augmentation, **(SMALL | RECIPES[augmentation]))
+
+
+def command(recipe: Recipe, folder: Path) -> list[str]:
+    """What a person types to train a recipe in a folder."""
+    usual = asdict(recipes.get("seed"))
+    choices = []
+    for field, value in asdict(recipe).items():
+        if value != usual[field]:
+            choices += [f"--{field.replace('_', '-')}", str(value)]
+    place = ["--runs-dir", str(folder.parent), "--run-name", folder.name]
+    return ["-m", "cifar_lib", "train", "seed", *choices, *place]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], log: Path, **settings: object) -> Iterator[subprocess.Popen]:
+    with log.open("w") as output:
+        settings = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT} | settings
+        process = subprocess.Popen([sys.executable, *arguments], **settings)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def epochs_stored(folder: Path) -> int:
+    history = folder / "history.csv"
+    return len(pd.read_csv(history)) if history.exists() else 0
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool], log: Path) -> None:
+    for _ in range(120_000):  # ten minutes
+        if condition():
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=0.005)
+            pytest.fail(f"It ended too soon, with exit code {code}:\n{log.read_text()}")
+    pytest.fail(f"It takes too long:\n{log.read_text()}")
+
+
+class Disturber:
+    """Starts the run of a recipe and stops it, again and again, as `PLANS` says.
+
+    Attributes:
+        exit_codes: of every process that was stopped.
+        printed: what each of them printed.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, moments: random.Random) -> None:
+        self.recipe, self.folder, self.moments = recipe, folder, moments
+        self.exit_codes: list[int] = []
+        self.printed: list[str] = []
+
+    @contextlib.contextmanager
+    def attempt(self, **settings: object) -> Iterator[tuple[subprocess.Popen, Path]]:
+        log = self.folder.with_name(f"{self.folder.name}-{len(self.exit_codes)}.log")
+        with started(command(self.recipe, self.folder), log, **settings) as process:
+            yield process, log
+            self.exit_codes.append(process.wait(timeout=120))
+        self.printed.append(log.read_text())
+
+    def at_random(self, number: signal.Signals, **settings: object) -> None:
+        """Stop it within the epoch after the next one that is stored."""
+        before = epochs_stored(self.folder)
+        with self.attempt(**settings) as (process, log):
+            wait_for(process, lambda: epochs_stored(self.folder) > before, log)
+            last = pd.read_csv(self.folder / "history.csv").iloc[-1]
+            seconds = last["validation_seconds"] if "val_loss" in last else last["train_seconds"]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=self.moments.uniform(0, seconds))
+            process.send_signal(number)
+
+    def while_it_writes_a_checkpoint(self) -> None:
+        """Kill it when an older checkpoint is there and the next one is half written."""
+        partial = self.folder / ".checkpoint.npz.partial"
+
+        def writes() -> bool:
+            if not (partial.exists() and (self.folder / "history.csv").exists()):
+                return False
+            process.send_signal(signal.SIGSTOP)  # so that it is still there when it is killed
+            if partial.exists():
+                return True
+            process.send_signal(signal.SIGCONT)
+            return False
+
+        with self.attempt() as (process, log):
+            wait_for(process, writes, log)
+            process.kill()
+        assert partial.exists() and (self.folder / "checkpoint.npz").exists()
+
+    def after_early_stopping(self) -> None:
+        """Kill it when it has stopped to train and tests the best weights."""
+
+        def stopped() -> bool:
+            losses = pd.read_csv(self.folder / "history.csv")["val_loss"]
+            return bool((losses.diff() >= 0).any())
+
+        with self.attempt() as (process, log):
+            wait_for(process, stopped, log)
+            process.kill()
+        assert not (self.folder / "metrics.json").exists()
+
+    def in_a_terminal(self) -> None:
+        """Give it a terminal, and press Ctrl-C."""
+        ours, theirs = pty.openpty()
+        shown: list[bytes] = []
+
+        def read() -> None:
+            with contextlib.suppress(OSError):  # the end of a terminal
+                while piece := os.read(ours, 65536):
+                    shown.append(piece)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        self.at_random(signal.SIGINT, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+        self.printed[-1] = b"".join(shown).decode()
+
+
+PLANS: dict[str, Callable[[Disturber], object]] = {
+    "seed": lambda run: (run.at_random(signal.SIGKILL), run.in_a_terminal()),
+    "none": lambda run: run.while_it_writes_a_checkpoint(),
+    "seed_layers": lambda run: (run.at_random(signal.SIGKILL), run.at_random(signal.SIGTERM)),
+    "shift_flip": lambda run: (run.at_random(signal.SIGKILL), run.after_early_stopping()),
+}
+
+
+@pytest.fixture(scope="module")
+def disturbed(synthetic, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """For every recipe a future of its `Disturber`, after all its interruptions."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    seed = random.SystemRandom().randrange(2**32)
+
+    def disturb(name: str) -> Disturber:
+        moments = random.Random(f"{seed} {name}")
+        run = Disturber(make_recipe(name), folder / name, moments)
+        PLANS[name](run)
+        return run
+
+    with ThreadPoolExecutor(1) as pool:
+        futures = {name: pool.submit(disturb, name) for name in RECIPES}
+        yield futures | {"seed of the moments": seed}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(disturbed, synthetic, tmp_path_factory) -> dict[str, tuple[runs.Run, str]]:
+    """For every recipe its run and what it printed into a log."""
+    done = {}
+    for name in RECIPES:
+        folder = tmp_path_factory.mktemp("undisturbed") / name
+        with (folder.with_suffix(".log")).open("w+") as log, contextlib.redirect_stdout(log):
+            run = training.train(make_recipe(name), folder, dataset=synthetic)
+            log.seek(0)
+            done[name] = run, log.read()
+    return done
+
+
+def assert_same(run: runs.Run, other: runs.Run) -> None:
+    """The same bit for bit, wall times excepted."""
+    kept = [column for column in run.history if not column.endswith("_seconds")]
+    pd.testing.assert_frame_equal(run.history[kept], other.history[kept], check_exact=True)
+    for name in ("weights.npz", "predictions.npz"):
+        with np.load(run.path / name) as ours, np.load(other.path / name) as theirs:
+            assert ours.files == theirs.files
+            for array in ours.files:
+                np.testing.assert_array_equal(ours[array], theirs[array], err_msg=array)
+    assert run.metrics | {"train_seconds": 0} == other.metrics | {"train_seconds": 0}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    name, disturbed, undisturbed, synthetic, capsys
+):
+    print("seed of the moments:", disturbed["seed of the moments"])
+    attempts: Disturber = disturbed[name].result()
+    expected = {
+        "seed": [-signal.SIGKILL, 130],
+        "none": [-signal.SIGKILL],
+        "seed_layers": [-signal.SIGKILL, 130],
+        "shift_flip": [-signal.SIGKILL, -signal.SIGKILL],
+    }
+    assert attempts.exit_codes == expected[name], attempts.printed[-1]
+    for printed in attempts.printed[1:]:
+        assert f"Continuing {attempts.folder} after epoch" in printed
+    assert runs.load(attempts.folder).state == "interrupted"
+    stored = epochs_stored(attempts.folder)
+    assert stored >= 1
+
+    run = training.train(make_recipe(name), attempts.folder, dataset=synthetic)
+    assert_same(run, undisturbed[name][0])
+    assert not list(run.path.glob("*checkpoint*")) and not list(run.path.glob(".*partial"))
+    capsys.readouterr()
+
+
+def test_early_stopping_goes_back_to_the_best_weights(undisturbed):
+    run, _ = undisturbed["shift_flip"]
+    history = run.history
+    assert 1 < len(history) < run.recipe.epochs
+    assert history["val_loss"].iloc[-1] >= history["val_loss"].iloc[-2]
+    assert run.metrics["epochs_run"] == len(history)
+    assert run.metrics["validation"]["loss"] == pytest.approx(history["val_loss"].min(), rel=1e-3)
+
+
+def test_a_person_who_interrupts_is_told_how_to_continue(disturbed):
+    for name in ("seed", "seed_layers"):
+        assert "give the same command to continue" in disturbed[name].result().printed[-1]
+        assert "Traceback" not in disturbed[name].result().printed[-1]
+
+
+def test_a_terminal_shows_one_updating_line(disturbed):
+    printed = disturbed["seed"].result().printed[-1]
+    lines = [line for line in printed.split("\n") if "step" in line]
+    assert len(lines) == 1, printed
+    assert "epoch 2/4" in lines[0] and "val_accuracy" in lines[0]
+    assert lines[0].count("\r") > 2
+
+
+def test_a_log_has_one_line_an_epoch(disturbed, undisturbed):
+    lines = undisturbed["seed"][1].splitlines()
+    assert len(lines) == 4
+    for number, line in enumerate(lines, 1):
+        assert line.startswith(f"epoch {number}/4 ")
+        assert "val_accuracy" in line and "left" in line and "\r" not in line
+    killed = disturbed["seed"].result().printed[0].splitlines()
+    assert len([line for line in killed if line.startswith("epoch 1/4 ")]) == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_history_and_the_numbers_are_those_of_the_protocol(name, undisturbed, synthetic):
+    run, _ = undisturbed[name]
+    history, metrics, protocol = run.history, run.metrics, run.recipe.protocol
+    validation = [] if protocol == "final" else ["val_accuracy", "val_loss"]
+    times = ["train_seconds", "validation_seconds"]
+    columns = ["epoch", "accuracy", "loss", *validation, "learning_rate", *times]
+    assert list(history) == columns
+    assert list(history["epoch"]) == list(range(1, len(history) + 1))
+    assert (history["train_seconds"] > 0).all()
+
+    assert metrics["parameters"] == 6_777_060
+    assert metrics["train_images"] == 64
+    assert metrics["epochs_run"] == len(history)
+    assert ("validation" in metrics) == (protocol == "holdout")
+    if protocol == "final":
+        assert metrics["best_epoch"] is None
+    else:
+        best = metrics["best_epoch"] - 1
+        assert history["val_accuracy"][best] == history["val_accuracy"].max()
+    last = {"accuracy": "val_accuracy", "loss": "val_loss"}
+    validated_on = {"holdout": "validation", "deck": "test"}.get(protocol)
+    if validated_on and not run.recipe.early_stopping_patience:
+        for metric, column in last.items():
+            # Keras' running mean is in float32.
+            assert metrics[validated_on][metric] == pytest.approx(
+                history[column].iloc[-1], rel=1e-3
+            )
+
+    splits = data.make_splits(synthetic, **run.recipe.split_choices)
+    predictions = run.predictions()
+    tested = ["validation", "test"] if protocol == "holdout" else ["test"]
+    kinds = ("probabilities", "labels", "indices")
+    assert set(predictions) == {f"{split}_{kind}" for split in tested for kind in kinds}
+    for split in tested:
+        probabilities, labels = (predictions[f"{split}_{kind}"] for kind in kinds[:2])
+        assert probabilities.shape == (100, 100) and probabilities.dtype == np.float32
+        assert metrics[split]["images"] == 100
+        assert metrics[split]["accuracy"] == np.mean(probabilities.argmax(1) == labels)
+        np.testing.assert_array_equal(labels, getattr(splits, split).fine_labels)
+        np.testing.assert_array_equal(
+            predictions[f"{split}_indices"], getattr(splits, split).indices
+        )
+
+
+def test_the_learning_rate_follows_the_schedule(undisturbed):
+    rates = {name: run.history["learning_rate"] for name, (run, _) in undisturbed.items()}
+    steps = 2 * np.arange(1, 5)
+    np.testing.assert_allclose(
+        rates["seed"], 1e-4 * (1 + np.cos(np.pi * steps / 8)) / 2, atol=1e-10
+    )
+    # As in the Keras of 2018: lr / (1 + decay * iterations).
+    np.testing.assert_allclose(rates["none"], 1e-4 / (1 + 1e-6 * steps), rtol=1e-6)
+    np.testing.assert_allclose(rates["seed_layers"], 1e-4, rtol=1e-6)
+
+
+def test_the_environment_is_recorded(undisturbed, synthetic):
+    precisions = {name: run.environment["precision"] for name, (run, _) in undisturbed.items()}
+    assert precisions["seed"] == "float32" and precisions["none"] == "bfloat16"
+    assert precisions["shift_flip"] in ("float32", "bfloat16"), "what 'auto' became"
+    for run, _ in undisturbed.values():
+        model = run.load_model()
+        assert model.layers[0].compute_dtype == run.environment["precision"]
+        with np.load(run.path / "weights.npz") as weights:
+            assert {weights[name].dtype.name for name in weights.files} == {"float32"}
+    environment = run.environment
+    assert environment["backend"] == "tensorflow"
+    assert environment["data"] == synthetic.digests
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["versions"]["keras"] == importlib.metadata.version("keras")
+    assert environment["threads"] >= 1
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, capsys):
+    run, _ = undisturbed["seed"]
+    before = {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path.suffix}
+    began = time.process_time()
+    assert main(command(run.recipe, run.path)[2:]) == 0
+    assert time.process_time() - began < 2
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path.suffix}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(synthetic, tmp_path, capsys):
+    recipe = make_recipe("none").replace(learning_rate=1e20, batch_size=2)
+    assert main(command(recipe, tmp_path / "run")[2:]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("TrainingError: The loss became")
+    assert "learning_rate below 1e+20" in error and "precision 'float32'" in error
+    run = runs.load(tmp_path / "run")
+    assert run.state == "failed"
+    failure = json.loads((run.path / "failure.json").read_text())
+    assert failure["epoch"] == 1 and failure["error"] in error
+    assert not (run.path / "checkpoint.npz").exists(), "nothing of it is kept"
+
+
+ON_A_BACKEND = """
+import sys
+from pathlib import Path
+from cifar_lib import training
+from cifar_lib.recipes import Recipe
+
+recipe = Recipe.from_json(sys.argv[1])
+for folder in sys.argv[2:]:
+    training.train(recipe, Path(folder))
+"""
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_another_backend_trains_and_resumes(name, synthetic, tmp_path):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    environment = os.environ | {"KERAS_BACKEND": name}
+    recipe = make_recipe("seed").replace(epochs=3, validation_size=32, test_size=32)
+    killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
+    with started(command(recipe, killed), log, env=environment) as process:
+        wait_for(process, lambda: epochs_stored(killed) == 1, log)
+        process.kill()
+    assert runs.load(killed).state == "interrupted"
+    arguments = ["-c", ON_A_BACKEND, recipe.to_json(), str(killed), str(whole)]
+    with started(arguments, log, env=environment) as process:
+        assert process.wait(timeout=600) == 0, log.read_text()
+    assert_same(runs.load(killed), runs.load(whole))
+    run = runs.load(whole)
+    assert run.environment["backend"] == name
+    assert list(run.history["epoch"]) == [1, 2, 3]
+    # Another backend's weights are this one's, too.
+    from cifar_lib import evaluation
+
+    images = data.make_splits(synthetic, **recipe.split_choices).test.images
+    probabilities = evaluation.predict(run.load_model(), images)
+    np.testing.assert_allclose(probabilities, run.predictions()["test_probabilities"], atol=1e-4)
