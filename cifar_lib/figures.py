@@ -62,7 +62,7 @@ def training_curves(
             _curves(axes, history, metric)
             if deck:
                 axes.axhline(deck[metric], color=DECK, linestyle=":", label=f"deck, {deck[metric]}")
-            axes.legend(loc="lower right" if metric == "accuracy" else "upper right")
+            axes.legend(loc="best")
         column[0].set_title(label)
         column[1].set_xlabel("epoch")
         column[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

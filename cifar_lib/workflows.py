@@ -115,15 +115,23 @@ def report(
 
 
 def headline(shown: Sequence[runs.Run]) -> pd.DataFrame:
-    """One row a run, and the deck's; the columns are those of `evaluation.evaluate`."""
-    rows = [DECK] + [
-        {"run": run.name, "protocol": run.recipe.protocol, "epochs": run.metrics["epochs_run"]}
-        | run.metrics["test"]
-        for run in shown
-    ]
-    columns = ["run", "protocol", "epochs", "images", "accuracy", "accuracy_low", "accuracy_high"]
-    columns += ["loss", "top5_accuracy", "superclass_accuracy"]
-    return pd.DataFrame(rows)[columns].astype({"images": "Int64"}).fillna({"protocol": ""})
+    """One row a run, and the deck's: the numbers that an index shows first."""
+    rows = [DECK]
+    for run in shown:
+        test = run.metrics["test"]
+        rows.append(
+            {
+                "run": run.name,
+                "protocol": run.recipe.protocol,
+                "epochs": run.metrics["epochs_run"],
+                "accuracy": test["accuracy"],
+                "95 % interval": f"{test['accuracy_low']:.4f} to {test['accuracy_high']:.4f}",
+                "loss": test["loss"],
+                "top-5": f"{test['top5_accuracy']:.4f}",
+            }
+        )
+    columns = ["run", "protocol", "epochs", "accuracy", "95 % interval", "loss", "top-5"]
+    return pd.DataFrame(rows)[columns].fillna("")
 
 
 def demo(runs_dir: Path) -> Path:
