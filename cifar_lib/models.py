@@ -6,6 +6,7 @@ float32, shape (N, classes). Scaling and augmentation belong to the data path, n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -63,11 +64,12 @@ def build(
     Raises:
         KeyError: `name` is not in `BUILDERS` (`recipes` refuses it earlier, with a suggestion).
     """
-    counter = iter(range(1_000 * seed, 1_000 * (seed + 1)))
+    counter = itertools.count(1_000 * seed)
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
     try:
-        return BUILDERS[name](num_classes, counter.__next__)
+        # JAX refuses larger seeds than these.
+        return BUILDERS[name](num_classes, lambda: next(counter) % 2**32)
     finally:
         keras.config.set_dtype_policy(policy)
 
