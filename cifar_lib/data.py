@@ -39,6 +39,18 @@ SYNTHETIC_TITLE = "synthetic stand-in, not CIFAR-100"
 # To raise when the drawing changes, so that an old cache is not read.
 SYNTHETIC_VERSION = 1
 
+# The official class names, in their order, so that a name can be checked before the data is there.
+_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
 # Where the deck's words are not simply the official name with spaces for underscores.
 _DECK_WORDS = {
     "apple": "apples",
@@ -125,6 +137,13 @@ class Splits:
     train: Split
     validation: Split | None
     test: Split
+
+
+def class_names(dataset: str) -> tuple[str, ...]:
+    """The 100 class names of "cifar100" or "synthetic", in order, without loading anything."""
+    if dataset == "synthetic":
+        return tuple(f"{pattern}_{colours}" for pattern in _PATTERNS for colours in _COLOURS)
+    return tuple(_CLASSES.split())
 
 
 def display_name(name: str) -> str:
@@ -653,7 +672,7 @@ def _draw(random: np.random.Generator, pattern: str, colours: str, number: int) 
 def _draw_synthetic() -> tuple[dict[str, np.ndarray], dict]:
     """The stand-in's arrays, as many and of the same kind as CIFAR-100's, and its names."""
     random = np.random.default_rng(SYNTHETIC_VERSION)
-    fine_names = [f"{pattern}_{colours}" for pattern in _PATTERNS for colours in _COLOURS]
+    fine_names = class_names("synthetic")
     superclass_of = np.repeat(np.arange(len(_PATTERNS)), len(_COLOURS))
     pictures = np.stack(
         [_draw(random, pattern, colours, 600) for pattern in _PATTERNS for colours in _COLOURS]
@@ -666,7 +685,7 @@ def _draw_synthetic() -> tuple[dict[str, np.ndarray], dict]:
         arrays[f"{split}_fine_labels"] = fine_labels
         arrays[f"{split}_coarse_labels"] = superclass_of[fine_labels]
     names = {
-        "fine_names": fine_names,
+        "fine_names": list(fine_names),
         "coarse_names": list(_PATTERNS),
         "digests": {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()},
     }

@@ -127,6 +127,12 @@ class Recipe:
         if self.classes is not None:
             if not self.classes or len(set(self.classes)) != len(self.classes):
                 raise RecipeError(f"classes is {self.classes}; name each class once.")
+            from cifar_lib.data import class_names
+
+            known = class_names(self.dataset)
+            for name in self.classes:
+                if name not in known:
+                    raise RecipeError(unknown("class", name, known))
             images, test_images = 500 * len(self.classes), 100 * len(self.classes)
         if self.protocol == "holdout":
             if self.validation_size >= images:

@@ -167,6 +167,7 @@ def test_pixels_and_labels_are_those_of_the_file(cifar100: data.Dataset) -> None
 
 def test_official_names(cifar100: data.Dataset) -> None:
     assert sorted((*cifar100.fine_names, *cifar100.coarse_names)) == sorted(names(OFFICIAL))
+    assert data.class_names("cifar100") == cifar100.fine_names
     for line in OFFICIAL.strip().splitlines():
         coarse, *fine = names(line)
         ids = [cifar100.fine_names.index(name) for name in fine]
@@ -572,6 +573,7 @@ def test_stand_in_has_the_shape_of_cifar100(synthetic: data.Dataset) -> None:
         assert np.array_equal(synthetic.superclass_of[split.fine_labels], split.coarse_labels)
         assert len(data.exact_duplicates(split.images)) == 0
     assert np.bincount(synthetic.superclass_of).tolist() == [5] * 20
+    assert data.class_names("synthetic") == synthetic.fine_names
     ours = {*synthetic.fine_names, *synthetic.coarse_names}
     assert len(ours) == 120 and not ours & set(names(OFFICIAL))
     assert len(data.make_splits(synthetic).train) == 45_000

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_lib import ROOT, recipes
+from cifar_lib import ROOT, data, recipes
 from cifar_lib.recipes import Recipe, RecipeError
 
 FIELDS = [field.name for field in dataclasses.fields(Recipe)]
@@ -32,7 +32,7 @@ OTHER = {
     "train_size": 45_000,
     "validation_size": 4_999,
     "test_size": 10_000,
-    "classes": ("apple", *(f"class {n}" for n in range(20))),
+    "classes": data.class_names("cifar100")[:21],
 }
 
 made = st.builds(
@@ -97,6 +97,7 @@ def test_json_keeps_a_tuple_of_classes():
         ({"test_size": 10_001}, "test_size is 10001; there are 10,000"),
         ({"classes": ["apple"] * 2}, "name each class once"),
         ({"classes": []}, "name each class once"),
+        ({"classes": ["apple", "beer"]}, "class 'beer' is unknown. Did you mean 'bee'"),
         ({"classes": ["apple", "bee"], "protocol": "final", "train_size": 1001}, "has 1,000"),
         ({"epochs": "3"}, "epochs is '3', of type str; it must be int"),
         ({"epochs": True}, "epochs is True, of type bool; it must be int"),
