@@ -50,16 +50,23 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite.
-        RunError: the folder belongs to another recipe or another process, or the disk is full.
+        RunError: the folder belongs to another recipe or another process, the disk is full, or
+            `dataset` is not the recipe's.
         DataError: the data set is not there or is not what it should be.
     """
     run_dir = run_dir or ROOT / "runs" / recipe.run_name
     with runs.opened(run_dir, recipe) as run:
         if run.finished:
+            # It may have been killed between its last two steps.
+            (run_dir / "checkpoint.npz").unlink(missing_ok=True)
             print(f"{run_dir} holds this run already, finished.")
             return run
         (run_dir / "failure.json").unlink(missing_ok=True)
         dataset = dataset or data.load(recipe.dataset)
+        if dataset.name != recipe.dataset:
+            raise runs.RunError(
+                f"The recipe asks for the data set {recipe.dataset!r}; {dataset.name!r} was given."
+            )
         splits = data.make_splits(dataset, **recipe.split_choices)
         precision = backend.resolve_precision(recipe.precision)
         model = models.build(recipe.model, precision=precision, seed=recipe.seed)
