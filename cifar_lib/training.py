@@ -7,6 +7,7 @@ would have ended undisturbed, on the same machine with the same threads and prec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -135,19 +136,21 @@ class Recorder(keras.callbacks.Callback):
             self.batches = augmentation.Batches(
                 splits.train, recipe.batch_size, policy, seed=recipe.seed, shuffle=True
             )
-            callbacks = [self, Progress(len(self.history))]
-            if self.early_stopping:
-                callbacks = [self.early_stopping, *callbacks]
             validation = splits.validation
-            model.fit(
-                self.batches,
-                validation_data=validation and augmentation.Batches(validation, 250),
-                initial_epoch=len(self.history),
-                epochs=recipe.epochs,
-                callbacks=callbacks,
-                shuffle=False,
-                verbose=0,
-            )
+            # Closed however training ends, or it is drawn again below what is then said.
+            with contextlib.closing(Progress(len(self.history))) as progress:
+                callbacks = [self, progress]
+                if self.early_stopping:
+                    callbacks = [self.early_stopping, *callbacks]
+                model.fit(
+                    self.batches,
+                    validation_data=validation and augmentation.Batches(validation, 250),
+                    initial_epoch=len(self.history),
+                    epochs=recipe.epochs,
+                    callbacks=callbacks,
+                    shuffle=False,
+                    verbose=0,
+                )
         if self.early_stopping and self.early_stopping.best_weights is not None:
             model.set_weights(self.early_stopping.best_weights)
 
@@ -251,6 +254,7 @@ class Progress(keras.callbacks.Callback):
     def __init__(self, epochs_done: int) -> None:
         super().__init__()
         self.epochs_done = epochs_done
+        self.bar: tqdm | None = None
         # A kernel that Jupyter started has this name; one that papermill started has not.
         self.live = sys.stdout.isatty() or "JPY_SESSION_NAME" in os.environ
 
@@ -282,8 +286,9 @@ class Progress(keras.callbacks.Callback):
         left = tqdm.format_interval(seconds * (epochs - epoch - 1))
         print(f"epoch {epoch + 1}/{epochs}  {numbers}  {seconds:.0f} s an epoch, {left} left")
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _finish(
