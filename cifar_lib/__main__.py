@@ -57,7 +57,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, data.DataError):
         return 3
-    expected = (runs.RunError, reports.NotebookError, reports.ReportError)
+    expected = (runs.RunError, reports.NotebookError, reports.ReportError, OSError)
     return 1 if isinstance(error, expected) else None
 
 
@@ -165,9 +165,12 @@ def _train(options: argparse.Namespace) -> None:
         options.recipe, **{field: value for field, value in chosen.items() if value is not None}
     )
     run_dir = options.runs_dir / (options.run_name or recipe.run_name)
+    from cifar_lib import data
+
+    dataset = data.load(recipe.dataset)
     from cifar_lib import training
 
-    run = training.train(recipe, run_dir)
+    run = training.train(recipe, run_dir, dataset=dataset)
     _print_metrics(run.metrics["test"])
     print(run.path)
 

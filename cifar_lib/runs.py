@@ -19,6 +19,7 @@ import errno
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,8 +73,10 @@ class Run:
         try:
             with lock.acquire(blocking=False):
                 return "interrupted"
-        except (filelock.Timeout, OSError):
+        except filelock.Timeout:
             return "running"
+        except OSError:  # a folder that cannot be written
+            return "interrupted"
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -87,7 +90,7 @@ class Run:
         "final"), learning_rate (at the epoch's end), train_seconds, validation_seconds.
         """
         text = self._text("history.csv")
-        return pd.read_csv(io.StringIO(text), float_precision="round_trip")
+        return pd.read_csv(io.StringIO(text))
 
     @cached_property
     def metrics(self) -> dict:
@@ -256,5 +259,8 @@ def assign(variables: list[keras.Variable], arrays: list[np.ndarray], source: Pa
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is no file of plain arrays: {error}") from error

@@ -111,6 +111,7 @@ class Recorder(keras.callbacks.Callback):
 
     Attributes:
         history: one dict an epoch, as in `runs.Run.history`.
+        weights_epoch: after `fit`, the epoch that the weights are of, from 1.
     """
 
     def __init__(self, run_dir: Path, recipe: Recipe, environment: dict) -> None:
@@ -151,8 +152,10 @@ class Recorder(keras.callbacks.Callback):
                     shuffle=False,
                     verbose=0,
                 )
+        self.weights_epoch = len(self.history)
         if self.early_stopping and self.early_stopping.best_weights is not None:
             model.set_weights(self.early_stopping.best_weights)
+            self.weights_epoch = int(self.early_stopping.best_epoch) + 1
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         # Keras' early stopping has just forgotten the epochs before.
@@ -321,6 +324,7 @@ def _finish(
         "train_images": len(splits.train),
         "epochs_run": len(history),
         "best_epoch": None if best is None else int(history["epoch"][best]),
+        "weights_epoch": recorder.weights_epoch,
         "train_seconds": float(history["train_seconds"].sum()),
     }
     runs.write_arrays(run.path / "predictions.npz", predictions)

@@ -118,10 +118,10 @@ def test_arrays_that_hold_pickles_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
     np.savez(tmp_path / "run" / "predictions.npz", x=np.array([Intruder()], object))
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(runs.RunError, match="pickle"):
         runs.load("run").predictions()
     (tmp_path / "run" / "predictions.npz").write_bytes(pickle.dumps(Intruder()))
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(runs.RunError, match="pickle"):
         runs.load("run").predictions()
     assert not Path("intruder").exists()
 

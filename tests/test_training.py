@@ -257,6 +257,7 @@ def test_early_stopping_goes_back_to_the_best_weights(undisturbed):
     history = run.history
     best = history["val_loss"].argmin()
     assert len(history) == best + 1 + run.recipe.early_stopping_patience < run.recipe.epochs
+    assert run.metrics["weights_epoch"] == best + 1
     assert run.metrics["epochs_run"] == len(history)
     assert run.metrics["validation"]["loss"] == pytest.approx(history["val_loss"].min(), rel=1e-3)
 
