@@ -110,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--card", type=Path, metavar="PNG", help="draw the predictions there")
 
     report = add("report", _report, "make pages of runs, in a folder that opens from disk")
-    report.add_argument("runs", nargs="*", metavar="RUN", help="by default all finished runs")
+    report.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="by default all finished runs of the newest one's data set",
+    )
     _add_runs_dir(report)
     report.add_argument("--out", type=Path, help="by default the folder report beside the runs")
 
@@ -126,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_runs_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runs-dir", type=Path, default=ROOT / "runs", help="the folder of the run folders"
+        "--runs-dir",
+        type=lambda text: Path(text).absolute(),
+        default=ROOT / "runs",
+        help="the folder of the run folders",
     )
 
 
@@ -213,11 +221,21 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from cifar_lib import reports, runs
+    from cifar_lib import runs, workflows
 
-    names = options.runs or [run.name for run in runs.find(options.runs_dir) if run.finished]
+    finished = [run for run in runs.find(options.runs_dir) if run.finished]
+    names = options.runs or [
+        run.name for run in finished if run.recipe.dataset == finished[-1].recipe.dataset
+    ]
     chosen = runs.finished(options.runs_dir, names)
-    print(reports.build(chosen, options.out or options.runs_dir / "report"))
+    index = workflows.report(
+        chosen,
+        (options.out or options.runs_dir / "report").absolute(),
+        executed_dir=options.runs_dir / "executed",
+        output_dir=options.runs_dir / "figures",
+        tables_dir=options.runs_dir / "tables",
+    )
+    print(index)
 
 
 def _runs(options: argparse.Namespace) -> None:
@@ -239,15 +257,15 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from cifar_lib import reports
+    from cifar_lib import workflows
 
-    print(reports.demo(options.runs_dir))
+    print(workflows.demo(options.runs_dir))
 
 
 def _reference(options: argparse.Namespace) -> None:
-    from cifar_lib import reports
+    from cifar_lib import workflows
 
-    print(reports.reference(options.runs_dir))
+    print(workflows.reference(options.runs_dir))
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

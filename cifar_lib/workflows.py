@@ -51,6 +51,7 @@ def report(
     *,
     title: str = "CIFAR-100 report",
     introduction: str = "",
+    executed_dir: Path,
     output_dir: Path,
     tables_dir: Path,
     readme: bool = False,
@@ -59,9 +60,10 @@ def report(
 
     Args:
         shown: the runs, all of one data set.
-        out: the folder of the pages; the executed notebooks go to the folder `executed` beside it.
+        out: the folder of the pages.
         title: of the report.
         introduction: Markdown for the top of the index.
+        executed_dir: where the executed notebooks go.
         output_dir: where pictures go.
         tables_dir: where the numbers behind the pictures go.
         readme: also write the index as `README.md`.
@@ -80,17 +82,18 @@ def report(
         )
     dataset = data.load(names.pop())
     places = {"output_dir": str(output_dir)}
+    of_data = places | {"dataset": dataset.name}
     of_runs = places | {"runs_dir": str(shown[-1].path.parent), "tables_dir": str(tables_dir)}
     plan = {
-        "01_dataset": places | {"dataset": dataset.name},
-        "02_augmentation": places | {"dataset": dataset.name},
-        "03_network": places | {"model": shown[-1].recipe.model},
+        "01_dataset": of_data,
+        "02_augmentation": of_data,
+        "03_network": of_data | {"model": shown[-1].recipe.model},
         "05_results": of_runs | {"runs": [run.name for run in shown]},
         "06_predictions": of_runs | {"run": shown[-1].name},
     }
     executed, failures = [], []
     for name, parameters in plan.items():
-        path = out.parent / "executed" / f"{name}.ipynb"
+        path = executed_dir / f"{name}.ipynb"
         print(f"{name} ...", flush=True)
         try:
             reports.execute(NOTEBOOKS / path.name, path, parameters)
@@ -154,6 +157,7 @@ def demo(runs_dir: Path) -> Path:
         runs_dir / "report",
         title="CIFAR-100 demo",
         introduction=introduction,
+        executed_dir=runs_dir / "executed",
         output_dir=output_dir,
         tables_dir=runs_dir / "tables",
     )
@@ -183,6 +187,7 @@ def reference(runs_dir: Path) -> Path:
         ROOT / "reports",
         title="CIFAR-100 reference report",
         introduction=introduction,
+        executed_dir=runs_dir / "executed",
         output_dir=ROOT / "figures",
         tables_dir=results,
         readme=True,

@@ -27,6 +27,7 @@ def index(workplace, run):
     return workflows.report(
         [run],
         workplace / "report",
+        executed_dir=workplace / "executed",
         output_dir=workplace / "figures",
         tables_dir=workplace / "tables",
     )
@@ -85,7 +86,7 @@ def test_runs_of_two_data_sets_make_no_report(run, workplace):
     runs.write_atomically(other / "recipe.json", recipes.get("seed").to_json().encode())
     with pytest.raises(runs.RunError, match="cifar100, synthetic"):
         workflows.report(
-            [run, runs.Run(other)], workplace / "no", output_dir=other, tables_dir=other
+            [run, runs.Run(other)], other, executed_dir=other, output_dir=other, tables_dir=other
         )
 
 
