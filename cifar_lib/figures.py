@@ -175,7 +175,7 @@ def confusion_matrix(
         axes.text(
             len(order) + 0.07 / cell,
             (start + stop) / 2,
-            textwrap.fill(coarse_names[groups[start]], 20),
+            textwrap.fill(coarse_names[groups[start]].replace("_", " "), 20),
             va="center",
             fontsize=9,
         )

@@ -220,7 +220,9 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 def _read(path: Path) -> NotebookNode:
     try:
-        notebook = nbformat.read(path, as_version=4)
+        # Where the repository lies is of no interest to a reader, and differs between machines.
+        text = path.read_text(encoding="utf-8").replace(f"{ROOT}/", "")
+        notebook = nbformat.reads(text, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise ReportError(f"{path} cannot be read as a notebook: {error}") from error
     notebook.cells = [

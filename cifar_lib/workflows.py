@@ -222,9 +222,9 @@ def readme_tables(results: Path) -> dict[str, str]:
             "what": {"recipe": "the seed's recipe", "bare": "bare `model.fit`"}[row["what"]],
             "precision": row["precision"],
             "batch size": row["batch_size"],
-            "images/s": row["images_per_second"],
-            "lowest": row["lowest"],
-            "highest": row["highest"],
+            "images/s": round(row["images_per_second"]),
+            "lowest": round(row["lowest"]),
+            "highest": round(row["highest"]),
         }
         for row in speed["throughput"]
     )
@@ -234,10 +234,10 @@ def readme_tables(results: Path) -> dict[str, str]:
     tables["loading speed"] = pd.DataFrame(
         {
             "what": name,
-            "seconds": row["load"],
-            "with a sum over every pixel": row["load_and_sum"],
-            "lowest": row["lowest"],
-            "highest": row["highest"],
+            "seconds": f"{row['load']:.2f}",
+            "with a sum over every pixel": f"{row['load_and_sum']:.2f}",
+            "lowest": f"{row['lowest']:.2f}",
+            "highest": f"{row['highest']:.2f}",
         }
         for name, row in loading["seconds"].items()
     )
