@@ -234,7 +234,7 @@ class Recorder(keras.callbacks.Callback):
         if self.early_stopping:
             self._early_stopping_state = state["early_stopping"] | {"best_weights": groups["best"]}
             self.on_train_begin()
-        print(f"Continuing {self.run_dir} after epoch {len(self.history)}.")
+        print(f"Continuing {self.run_dir} after epoch {len(self.history)}.", flush=True)
         differences = [
             f"{key} was {before!r} and is {self.environment.get(key)!r}"
             for key, before in state["environment"].items()
@@ -287,7 +287,8 @@ class Progress(keras.callbacks.Callback):
         epochs = self.params["epochs"]
         seconds = (time.perf_counter() - self.began) / (epoch + 1 - self.epochs_done)
         left = tqdm.format_interval(seconds * (epochs - epoch - 1))
-        print(f"epoch {epoch + 1}/{epochs}  {numbers}  {seconds:.0f} s an epoch, {left} left")
+        line = f"epoch {epoch + 1}/{epochs}  {numbers}  {seconds:.0f} s an epoch, {left} left"
+        print(line, flush=True)  # a log is read while it grows
 
     def close(self) -> None:
         if self.bar is not None:

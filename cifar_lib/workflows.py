@@ -178,10 +178,7 @@ def reference(runs_dir: Path) -> Path:
     tables = readme_tables(results)
     readme = ROOT / "README.md"
     runs.write_atomically(readme, with_tables(readme.read_text("utf-8"), tables).encode())
-    introduction = "\n\n".join(
-        [f"- `{recipe.run_name}`: {name}" for name, recipe in REFERENCE.items()]
-        + [f"**{name[0].upper()}{name[1:]}**\n\n{table}" for name, table in tables.items()]
-    )
+    introduction = "\n".join(f"- `{recipe.run_name}`: {name}" for name, recipe in REFERENCE.items())
     return report(
         shown,
         ROOT / "reports",

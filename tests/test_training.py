@@ -122,7 +122,8 @@ class Disturber:
             last = pd.read_csv(self.folder / "history.csv").iloc[-1]
             seconds = last["validation_seconds"] if "val_loss" in last else last["train_seconds"]
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=self.moments.uniform(0, seconds))
+                # Never so late that a fast machine is done.
+                process.wait(timeout=self.moments.uniform(0, min(seconds, 0.4)))
             process.send_signal(number)
 
     def while_it_writes_a_checkpoint(self) -> None:
