@@ -20,10 +20,10 @@ help: ## Show this list
 
 setup: $(VENV)/.ready ## Make .venv and install everything in it (about 3 GB of disk)
 
-demo: $(VENV)/.ready ## Run the whole of it small, and write a report (6 minutes on 2 cores)
+demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
 
-test: $(VENV)/.ready-test ## Check the style and run the tests (6 minutes on 2 cores)
+test: $(VENV)/.ready-test ## Check the style and run the tests (3 to 6 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)

@@ -517,8 +517,25 @@ def prediction_cards(
             f"probabilities of the shape {probabilities.shape} and {len(true_names)} true names, "
             f"expected {expected} and {len(images)}"
         )
-    # In pixels, as in _mosaic; a picture's pixel covers 6 of the figure's.
-    side, name_width, bar_width, head, foot, margin = 192, 215, 210, 44, 34, 16
+    likeliest = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+    verdicts = []
+    for true, best in zip(true_names, likeliest, strict=True):
+        predicted = fine_names[best[0]]
+        if true is None:
+            verdicts.append((f"predicted {predicted}", "black"))
+        elif true == predicted:
+            verdicts.append((f"✓ {true}", RIGHT))
+        else:
+            verdicts.append((f"✗ {true}, taken for {predicted}", WRONG))
+
+    # In pixels, as in _mosaic; a picture's pixel covers 6 of the figure's. Bold text is wider than
+    # what is measured.
+    side, bar_width, foot, margin, bold = 192, 210, 34, 16, 1.2
+    longest = max(_text_width(fine_names[j], 9) for j in np.unique(likeliest))
+    name_width = max(215, int(bold * longest) + margin)
+    verdict_width = (side + name_width + bar_width + margin) / bold
+    lines = [_wrap(verdict, verdict_width, 10.5) for verdict, _ in verdicts]
+    head = 20 + 24 * max(map(len, lines))
     card = (side + name_width + bar_width + 3 * margin, head + side + foot)
     columns = min(2, len(images))
     rows = -(-len(images) // columns)
@@ -536,22 +553,15 @@ def prediction_cards(
         picture = add_axes(x, y + head, side, side)
         picture.imshow(image, interpolation="nearest")
         picture.axis("off")
-        best = np.argsort(-probabilities[i], kind="stable")[:5]
-        predicted = fine_names[best[0]]
-        if true is None:
-            verdict, color = f"predicted {predicted}", "black"
-        elif true == predicted:
-            verdict, color = f"✓ {true}", RIGHT
-        else:
-            verdict, color = f"✗ {true}, taken for {predicted}", WRONG
         figure.text(
             x / width,
             1 - (y + head - 10) / height,
-            verdict,
-            color=color,
+            "\n".join(lines[i]),
+            color=verdicts[i][1],
             fontsize=10.5,
             fontweight="bold",
         )
+        best = likeliest[i]
         bars = add_axes(x + side + name_width, y + head, bar_width, side)
         _card_bars(bars, [fine_names[j] for j in best], probabilities[i, best], true)
         if notes is not None:
