@@ -23,10 +23,12 @@ def predict(
 
     `flip` averages with the probabilities of the mirror images (test-time averaging).
     """
+    from cifar_lib.augmentation import scale
+
     # Batch by batch: `model.predict` goes through tf.data, whose end can be a minute late.
     batches = []
     for start in range(0, len(images), batch_size):
-        batch = np.multiply(images[start : start + batch_size], np.float32(1 / 255))
+        batch = scale(images[start : start + batch_size])
         probabilities = np.asarray(model.predict_on_batch(batch))
         if flip:
             mirrored = np.ascontiguousarray(batch[:, :, ::-1])

@@ -105,14 +105,14 @@ class Run:
         """Arrays by name: test_probabilities (N, 100) float32, test_labels (N,) int64, test_indices
         (N,) int64, positions in the official test file; the same for validation where there is one.
         """
-        return _read_arrays(self._file("predictions.npz"))
+        return read_arrays(self._file("predictions.npz"))
 
     def load_model(self) -> keras.Model:
         """The trained network, built by name and given its weights; loading runs no stored code."""
         from cifar_lib import models
 
         model = models.build(self.recipe.model, precision=self.environment["precision"])
-        arrays = _read_arrays(self._file("weights.npz"))
+        arrays = read_arrays(self._file("weights.npz"))
         assign(model.weights, list(arrays.values()), self.path / "weights.npz")
         return model
 
@@ -242,6 +242,19 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a .npz; nothing in it is run.
+
+    Raises:
+        RunError: it holds something else than plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is no file of plain arrays: {error}") from error
+
+
 def assign(variables: list[keras.Variable], arrays: list[np.ndarray], source: Path) -> None:
     """Give variables their values.
 
@@ -256,11 +269,3 @@ def assign(variables: list[keras.Variable], arrays: list[np.ndarray], source: Pa
         )
     for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is no file of plain arrays: {error}") from error

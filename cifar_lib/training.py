@@ -221,8 +221,7 @@ class Recorder(keras.callbacks.Callback):
         self.model.optimizer.build(self.model.trainable_variables)
         if not self.checkpoint.exists():
             return
-        with np.load(self.checkpoint, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = runs.read_arrays(self.checkpoint)
         state = json.loads(arrays.pop("state").tobytes())
         groups = {
             group: [array for name, array in arrays.items() if name.startswith(group)]

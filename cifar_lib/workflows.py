@@ -30,11 +30,11 @@ def train(recipe: recipes.Recipe, runs_dir: Path, output_dir: Path) -> runs.Run:
     run = runs.Run(runs_dir / recipe.run_name)
     executed = run.path / "notebook.ipynb"
     if not (run.finished and executed.exists()):
-        default = recipes.get(recipe.name)
+        usual = json.loads(recipes.get(recipe.name).to_json())
         choices = {
-            field: list(value) if isinstance(value, tuple) else value
+            field: value
             for field, value in json.loads(recipe.to_json()).items()
-            if value != json.loads(default.to_json())[field]
+            if value != usual[field]
         }
         parameters = {
             "recipe": recipe.name,
@@ -193,7 +193,14 @@ def reference(runs_dir: Path) -> Path:
 
 def readme_tables(results: Path) -> dict[str, str]:
     """The README's tables in Markdown, by name, made from the files in `results`."""
-    rows = [{"network": DECK["run"], "epochs": 139, "accuracy": "61.87 %", "loss": "1.5597"}]
+    rows = [
+        {
+            "network": DECK["run"],
+            "epochs": DECK["epochs"],
+            "accuracy": f"{DECK['accuracy']:.2%}".replace("%", " %"),
+            "loss": f"{DECK['loss']:.4f}",
+        }
+    ]
     for name, recipe in REFERENCE.items():
         folder = results / recipe.run_name
         metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
