@@ -18,10 +18,12 @@ examples:
   python -m cifar_lib data                                 find, download and verify CIFAR-100
   python -m cifar_lib train quick                          a few minutes' training
   python -m cifar_lib train seed --epochs 10 --seed 1      a recipe with some choices changed
+  python -m cifar_lib range-test seed --batch-size 128     suggest a learning rate
   python -m cifar_lib runs                                 what was trained
   python -m cifar_lib evaluate                             test the newest run again
   python -m cifar_lib predict cat.jpg --card card.png      classify a picture of your own
   python -m cifar_lib report                               pages from all finished runs
+  python -m cifar_lib sweep studies/learning_rate.yaml     calibrate by many runs
 
 A run that was interrupted continues when the same command is given again.
 
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. The last finished epoch is kept: give the same command to continue.",
+            "\nInterrupted. What is finished is kept: give the same command to continue.",
             file=sys.stderr,
         )
         return 130
@@ -91,13 +93,22 @@ def _parser() -> argparse.ArgumentParser:
         "train and test a recipe's network, or continue an interrupted run",
         epilog="recipes: " + ", ".join(recipes.RECIPES),
     )
-    train.add_argument("recipe", help="the recipe's name")
-    _add_runs_dir(train)
     train.add_argument("--run-name", help="the run folder's name; by default made from the recipe")
-    choices = train.add_argument_group("choices that replace the recipe's")
-    for field, hint in typing.get_type_hints(recipes.Recipe).items():
-        if field != "name":
-            choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint))
+    _add_recipe(train)
+
+    range_test = add(
+        "range-test",
+        _range_test,
+        "train shortly while the learning rate rises, draw the loss and suggest a rate",
+        epilog="recipes: " + ", ".join(recipes.RECIPES),
+    )
+    for name, kind, what in (
+        ("--steps", int, "batches to train on, by default 300"),
+        ("--lowest", float, "the learning rate of the first step, by default 1e-6"),
+        ("--highest", float, "that of the last step, by default 1"),
+    ):
+        range_test.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=what)
+    _add_recipe(range_test)
 
     evaluate = add("evaluate", _evaluate, "test a run's network again")
     _add_run(evaluate)
@@ -114,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="by default all finished runs of the newest one's data set",
+        help="by default all finished and tested runs of the newest one's data set",
     )
     _add_runs_dir(report)
     report.add_argument("--out", type=Path, help="by default the folder report beside the runs")
@@ -123,6 +134,36 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "do all of it small: data, a short training, pages")
     _add_runs_dir(demo)
+
+    sweep = add(
+        "sweep",
+        _sweep,
+        "run the trials of calibration studies, on this machine or a Dask cluster",
+    )
+    sweep.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="a YAML file")
+    sweep.add_argument(
+        "--studies-dir",
+        type=lambda text: Path(text).absolute(),
+        default=ROOT / "runs" / "studies",
+        help="the folder of the studies' folders",
+    )
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, as tcp://host:8786")
+    sweep.add_argument(
+        "--resources",
+        nargs="+",
+        type=_resource,
+        default=[],
+        metavar="NAME=NUMBER",
+        help="what a worker must have for a trial, as GPU=1",
+    )
+    sweep.add_argument(
+        "--take-over",
+        action="store_true",
+        help="go on where another process, which is gone, has left off",
+    )
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="list the trials and estimate their time"
+    )
 
     reference = add("reference", _reference, "make the reference results and their report again")
     _add_runs_dir(reference)
@@ -142,6 +183,23 @@ def _add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
     nargs = {} if name.startswith("-") else {"nargs": "?"}
     parser.add_argument(name, metavar="RUN", help="a run's name; by default the newest", **nargs)
     _add_runs_dir(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="the recipe's name")
+    _add_runs_dir(parser)
+    choices = parser.add_argument_group("choices that replace the recipe's")
+    for field, hint in typing.get_type_hints(recipes.Recipe).items():
+        if field != "name":
+            choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint))
+
+
+def _recipe(options: argparse.Namespace) -> recipes.Recipe:
+    fields = {field.name for field in dataclasses.fields(recipes.Recipe)} - {"name"}
+    chosen = {field: getattr(options, field) for field in fields}
+    return recipes.get(
+        options.recipe, **{field: value for field, value in chosen.items() if value is not None}
+    )
 
 
 def _option(hint: object) -> dict:
@@ -167,11 +225,7 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    fields = {field.name for field in dataclasses.fields(recipes.Recipe)} - {"name"}
-    chosen = {field: getattr(options, field) for field in fields}
-    recipe = recipes.get(
-        options.recipe, **{field: value for field, value in chosen.items() if value is not None}
-    )
+    recipe = _recipe(options)
     run_dir = options.runs_dir / (options.run_name or recipe.run_name)
     from cifar_lib import data
 
@@ -179,8 +233,32 @@ def _train(options: argparse.Namespace) -> None:
     from cifar_lib import training
 
     run = training.train(recipe, run_dir, dataset=dataset)
-    _print_metrics(run.metrics["test"])
+    split = "test" if "test" in run.metrics else "validation"
+    print(f"{run.name}, {split} images of {dataset.title}")
+    _print_metrics(run.metrics[split])
     print(run.path)
+
+
+def _range_test(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from cifar_lib import data, figures, runs, training
+
+    chosen = {name: getattr(options, name) for name in ("lowest", "highest", "steps")}
+    table = training.range_test(
+        recipe, **{name: value for name, value in chosen.items() if value is not None}
+    )
+    path = options.runs_dir / "range_tests" / f"{recipe.run_name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(path, table.to_csv(index=False).encode())
+    suggestion = None
+    try:
+        suggestion = training.suggested_rate(table)
+        print(f"suggested learning rate  {suggestion:.3g}")
+    finally:
+        # Where there is no suggestion, the picture says why.
+        title = f"{recipe.name}: learning-rate range test, {data.load(recipe.dataset).title}"
+        figures.range_test(table, suggestion, title).savefig(path.with_suffix(".png"))
+        print(path, path.with_suffix(".png"), sep="\n")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -193,6 +271,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise recipes.RecipeError(
             f"{run.name} has no validation images: its protocol is {run.recipe.protocol!r}. "
             "Use --split test."
+        )
+    if not len(split):
+        raise recipes.RecipeError(
+            f"{run.name} has no test images: its test_size is 0. Use --split validation."
         )
     probabilities = evaluation.predict(run.load_model(), split.images, flip=options.flip)
     print(f"{run.name}, {options.split} images of {dataset.title}")
@@ -223,9 +305,11 @@ def _predict(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from cifar_lib import runs, workflows
 
-    finished = [run for run in runs.find(options.runs_dir) if run.finished]
+    tested = [
+        run for run in runs.find(options.runs_dir) if run.finished and run.recipe.test_size != 0
+    ]
     names = options.runs or [
-        run.name for run in finished if run.recipe.dataset == finished[-1].recipe.dataset
+        run.name for run in tested if run.recipe.dataset == tested[-1].recipe.dataset
     ]
     chosen = runs.finished(options.runs_dir, names)
     index = workflows.report(
@@ -250,7 +334,8 @@ def _runs(options: argparse.Namespace) -> None:
     for run in found:
         history = run.path / "history.csv"
         epochs = f"{len(run.history) if history.exists() else 0}/{run.recipe.epochs}"
-        accuracy = f"{run.metrics['test']['accuracy']:.2%}" if run.finished else ""
+        tested = run.finished and "test" in run.metrics
+        accuracy = f"{run.metrics['test']['accuracy']:.2%}" if tested else ""
         print(
             f"{run.name:<{width}}  {run.state:<12} {epochs:<10} {run.recipe.dataset:<10} {accuracy}"
         )
@@ -266,6 +351,35 @@ def _reference(options: argparse.Namespace) -> None:
     from cifar_lib import workflows
 
     print(workflows.reference(options.runs_dir))
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, as GPU=1") from None
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from cifar_lib import studies
+
+    chosen = [studies.load(path) for path in options.studies]
+    from cifar_lib import calibration, sweeps
+
+    for study in chosen:
+        if options.dry_run:
+            sweeps.dry_run(study, options.studies_dir)
+            continue
+        folder = sweeps.run(
+            study,
+            options.studies_dir,
+            scheduler=options.scheduler,
+            resources=dict(options.resources),
+            take_over=options.take_over,
+        )
+        print(calibration.conclusion(calibration.read(folder)))
+        print(folder)
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

@@ -438,8 +438,9 @@ def make_splits(
     as in the slide deck; what such a run reports of the test images is optimistic.
 
     `train_size` and `test_size` limit the images (None: all there are), `classes` (official names)
-    leaves the images of other classes out; labels keep their official numbers. Each class gets the
-    same number of images, give or take one. Splits are nested: with the same seed and
+    leaves the images of other classes out; labels keep their official numbers. A `test_size` of 0
+    gives a test split without images, but not by "deck", which validates on them. Each class gets
+    the same number of images, give or take one. Splits are nested: with the same seed and
     `validation_size`, a smaller `train_size` takes a subset of a larger one's images.
 
     Raises DataError for an unknown protocol or class and for a size that cannot be had.
@@ -459,7 +460,7 @@ def make_splits(
     chosen, _ = _take("train_size", train_size, order)
     train = _select(dataset.train, "train", chosen)
     order = _stratified_order(dataset.test.fine_labels, ids, split_seed)
-    chosen, _ = _take("test_size", test_size, order)
+    chosen, _ = _take("test_size", test_size, order, least=0 if protocol != "deck" else 1)
     if protocol == "deck":
         validation = _select(dataset.test, "validation", chosen)
     return Splits(train, validation, _select(dataset.test, "test", chosen))
@@ -472,14 +473,14 @@ def _known(what: str, name: str, names: Sequence[str]) -> None:
 
 
 def _take(
-    what: str, size: int | None, order: np.ndarray, spare: int = 0
+    what: str, size: int | None, order: np.ndarray, *, spare: int = 0, least: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     if size is None:
         size = len(order)
-    if not 1 <= size <= len(order) - spare:
+    if not least <= size <= len(order) - spare:
         raise DataError(
             f"{what} is {size}, but {len(order)} images are left to take from: "
-            f"let it be from 1 to {len(order) - spare}."
+            f"let it be from {least} to {len(order) - spare}."
         )
     return order[:size], order[size:]
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,11 +15,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from cifar_lib.evaluation import wilson_interval
 
@@ -28,6 +31,20 @@ _PALETTE = sns.color_palette("colorblind").as_hex()
 TRAINING, VALIDATION, TEST, DECK = _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALETTE[7]
 RIGHT, WRONG = _PALETTE[2], _PALETTE[3]
 SUPERCLASS_ONLY = _PALETTE[8]
+# What marks the best of something, the next in importance, and a trial that was pruned.
+STAR = {"marker": "*", "ms": 14, "mec": "black", "mew": 0.7, "linestyle": "none", "zorder": 4}
+DIAMOND = STAR | {"marker": "D", "ms": 8}
+PRUNED = {"mfc": "white", "mec": "0.4", "mew": 1.4}
+# Of many values in order: without the yellow end of viridis, which is hardly seen on white.
+COLORS = LinearSegmentedColormap.from_list("viridis", sns.color_palette("viridis", 256)[:225])
+# Ten nats are twice the loss of guessing among 100 classes: what lies beyond has diverged.
+LOSS_CEILING = 10
+# Of each metric its name, its colour, the highest value that is drawn, and the form of its numbers.
+METRICS = {
+    "val_accuracy": ("validation accuracy", VALIDATION, np.inf, "{:.2%}"),
+    "val_loss": ("validation loss (nats)", VALIDATION, LOSS_CEILING, "{:.3f} nats"),
+    "epoch_seconds": ("training seconds an epoch", TRAINING, np.inf, "{:.3g} s"),
+}
 
 _STYLE = sns.axes_style("whitegrid") | {
     "axes.edgecolor": "0.6",
@@ -88,18 +105,40 @@ def _curves(axes: Axes, history: pd.DataFrame, metric: str) -> None:
     best = history["val_accuracy"].idxmax()
     epoch, value = history["epoch"][best], validation[best]
     axes.axvline(epoch, color=VALIDATION, linestyle="--", linewidth=1)
+    label = f"best epoch, {epoch}: {value:.4f}"
+    axes.plot([epoch], [value], color=VALIDATION, label=label, **STAR)
+
+
+@matplotlib.rc_context(_STYLE)
+def range_test(table: pd.DataFrame, suggestion: float | None, title: str) -> Figure:
+    """Draw the loss of a learning-rate range test against the learning rate.
+
+    `table` is what `training.range_test` returns, `suggestion` the learning rate to mark, if any.
+    Raises ValueError for a table without a finite loss.
+    """
+    finite = table[np.isfinite(table["loss"]) & np.isfinite(table["smoothed"])]
+    if finite.empty:
+        raise ValueError(f"nothing to draw: none of {len(table)} losses is finite")
+    figure = _figure(6.5, 4.2, layout="constrained")
+    axes = figure.subplots()
+    rates, smoothed = finite["learning_rate"], finite["smoothed"]
     axes.plot(
-        [epoch],
-        [value],
-        color=VALIDATION,
-        marker="*",
-        ms=14,
-        mec="black",
-        mew=0.7,
-        linestyle="none",
-        zorder=3,
-        label=f"best epoch, {epoch}: {value:.4f}",
+        rates, finite["loss"], ".", color=TRAINING, alpha=0.3, mew=0, label="loss of one batch"
     )
+    axes.plot(rates, smoothed, color=TRAINING, linewidth=2, label="running mean")
+    if suggestion is not None:
+        axes.axvline(
+            suggestion, color="black", linestyle="--", label=f"suggestion, {suggestion:.2g}"
+        )
+    axes.set_xscale("log")
+    # A loss that diverges would press all that went before into a line.
+    low, high = finite["loss"].min(), finite["loss"].iloc[: -(-len(finite) // 2)].max()
+    margin = 0.05 * max(high - low, 0.1)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set(xlabel="learning rate", ylabel="loss (nats)")
+    axes.legend(loc="best")
+    figure.suptitle(title)
+    return figure
 
 
 @matplotlib.rc_context(_STYLE)
@@ -587,6 +626,377 @@ def _card_bars(axes: Axes, names: list[str], values: np.ndarray, true: str | Non
         if name == true:
             bars[i].set_hatch("////")
             axes.get_yticklabels()[i].set_fontweight("bold")
+
+
+@matplotlib.rc_context(_STYLE)
+def calibration_curve(
+    trials: pd.DataFrame,
+    parameter: str,
+    title: str,
+    *,
+    metrics: Sequence[str] = ("val_accuracy", "val_loss"),
+    log: bool = False,
+) -> Figure:
+    """Draw what a study measured against the parameter that it varied, a panel for each metric.
+
+    `trials` is `calibration.Results.trials`: of each trial its `state`, `val_accuracy` (0..1), the
+    column `parameter` (numbers or text) and the `metrics`, of `val_accuracy`, `val_loss` (nats) and
+    `epoch_seconds`. Complete trials are dots, a line joins their means, and a star stands above the
+    value with the highest mean `val_accuracy`. Pruned trials are hollow, at their last value.
+    `log` asks for a logarithmic axis; values over more than a decade, and powers of 2, get one
+    anyway. Losses beyond `LOSS_CEILING` are triangles at that height.
+    Raises ValueError if no trial is complete.
+    """
+    trials = trials[trials["state"].isin(["complete", "pruned"])]
+    if not trials["state"].eq("complete").any():
+        raise ValueError(f"no trial is complete: nothing to draw for {parameter}")
+    values = sorted(trials[parameter].unique())
+    numeric = pd.api.types.is_numeric_dtype(trials[parameter])
+    trials = trials.assign(x=trials[parameter] if numeric else trials[parameter].map(values.index))
+    complete, pruned = (trials[trials["state"] == state] for state in ("complete", "pruned"))
+    best = complete.groupby("x")["val_accuracy"].mean().idxmax()
+    figure = _figure(6.5, 1 + 2.6 * len(metrics), layout="constrained")
+    panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+    shown = {}
+    for axes, metric in zip(panels, metrics, strict=True):
+        name, color, ceiling, form = METRICS[metric]
+        means = complete.groupby("x")[metric].mean()
+        # Text has no order that a line could follow.
+        look = {"linestyle": "-"} if numeric else {"linestyle": "none", "marker": "_", "ms": 24}
+        axes.plot(means.clip(upper=ceiling), color=color, label="mean", **look)
+        axes.axvline(best, color=color, linestyle="--", linewidth=1)
+        _dots(axes, complete, metric, {"color": color, "mec": "white", "mew": 0.6}, "one trial")
+        _dots(axes, pruned, metric, PRUNED, "pruned, at its last epoch")
+        value = _number(best if numeric else values[best])
+        axes.set_title(f"{form.format(means[best])} at {_words(parameter)} {value}")
+        axes.set_ylabel(name)
+        if "%" in form:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        handles, labels = axes.get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True)) | shown
+    # Above the dots, which it would hide.
+    above = {"transform": panels[0].get_xaxis_transform(), "label": "highest mean accuracy"}
+    (star,) = panels[0].plot([best], [0.93], color=METRICS[metrics[0]][1], **above, **STAR)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(low, high + 0.14 * (high - low))
+    shown[star.get_label()] = star
+    if numeric:
+        _number_axis(panels[-1], values, log)
+    else:
+        panels[-1].set_xticks(range(len(values)), values)
+        panels[-1].set_xlim(-0.5, len(values) - 0.5)
+    panels[-1].set_xlabel(_words(parameter))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+def _dots(axes: Axes, trials: pd.DataFrame, metric: str, look: dict, label: str) -> None:
+    ceiling = METRICS[metric][2]
+    inside = trials[trials[metric] <= ceiling]
+    beyond = trials[trials[metric] > ceiling]
+    style = {"marker": "o", "ms": 7, "linestyle": "none", "zorder": 3} | look
+    if len(inside):
+        axes.plot(inside["x"], inside[metric], label=label, **style)
+    if len(beyond):
+        label = f"loss above {ceiling:g}"
+        axes.plot(beyond["x"], [ceiling] * len(beyond), label=label, **style | {"marker": "^"})
+
+
+@matplotlib.rc_context(_STYLE)
+def epochs_curve(histories: pd.DataFrame, marks: Mapping[str, int], title: str) -> Figure:
+    """Draw training and validation accuracy by epoch, means over seeds, and the gap between them.
+
+    `histories` has the columns `trial`, `epoch` (from 1), `accuracy` and `val_accuracy`, and for
+    each trial the same epochs; each trial is a faint line. `marks` maps what to mark on the curve
+    of the validation accuracy to its epoch, the best epoch first.
+    Raises ValueError if there is no epoch.
+    """
+    if histories.empty:
+        raise ValueError("histories has no epoch: nothing to draw")
+    figure = _figure(6.5, 4.6, layout="constrained")
+    axes = figure.subplots()
+    means = histories.groupby("epoch")[["accuracy", "val_accuracy"]].mean()
+    trials = histories["trial"].nunique()
+    marker = "o" if len(means) <= 30 else None
+    for metric, color, label in (
+        ("accuracy", TRAINING, "training"),
+        ("val_accuracy", VALIDATION, "validation"),
+    ):
+        if trials > 1:
+            for _, history in histories.groupby("trial"):
+                axes.plot(history["epoch"], history[metric], color=color, alpha=0.35, linewidth=0.8)
+            label = f"{label}, mean of {trials} seeds"
+        axes.plot(means[metric], color=color, marker=marker, ms=4, label=label)
+    axes.fill_between(
+        means.index,
+        means["accuracy"],
+        means["val_accuracy"],
+        color="0.5",
+        alpha=0.15,
+        linewidth=0,
+        label="gap between them",
+    )
+    for (label, epoch), look in zip(marks.items(), (STAR, DIAMOND), strict=False):
+        value = means["val_accuracy"][epoch]
+        axes.axvline(epoch, color=VALIDATION, linestyle="--", linewidth=1)
+        axes.plot(
+            [epoch], [value], color=VALIDATION, label=f"{label}, {epoch}: {value:.2%}", **look
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    axes.legend(loc="best")
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def search_history(trials: pd.DataFrame, title: str) -> Figure:
+    """Draw the validation accuracy of each trial in the order of the search, and the best so far.
+
+    `trials` has a row a trial with its number `trial`, `state` and `val_accuracy` (0..1). Pruned
+    trials are hollow, at their last epoch's value; failed ones are crosses at the bottom.
+    Raises ValueError if no trial is complete.
+    """
+    trials = trials.sort_values("trial").assign(x=trials["trial"])
+    complete = trials[trials["state"] == "complete"]
+    if complete.empty:
+        raise ValueError("no trial is complete: nothing to draw")
+    figure = _figure(6.5, 4.4, layout="constrained")
+    axes = figure.subplots()
+    running = complete.set_index("trial")["val_accuracy"].cummax()
+    # As far as the search has come, not only to its last complete trial.
+    ended = trials.loc[trials["state"].isin(["complete", "pruned", "failed"]), "trial"]
+    running = running.reindex(range(running.index[0], ended.max() + 1)).ffill()
+    axes.plot(running, color=VALIDATION, drawstyle="steps-post", label="best so far")
+    look = {"color": VALIDATION, "mec": "white", "mew": 0.6}
+    _dots(axes, complete, "val_accuracy", look, "complete")
+    pruned = trials[trials["state"] == "pruned"]
+    _dots(axes, pruned, "val_accuracy", PRUNED, "pruned, at its last epoch")
+    failed = trials.loc[trials["state"] == "failed", "trial"]
+    if len(failed):
+        axes.plot(
+            failed,
+            [0.03] * len(failed),
+            "x",
+            color=WRONG,
+            ms=8,
+            mew=2,
+            transform=axes.get_xaxis_transform(),
+            label="failed",
+        )
+    best = complete.loc[complete["val_accuracy"].idxmax()]
+    label = f"best, trial {best['trial']}: {best['val_accuracy']:.2%}"
+    axes.plot([best["trial"]], [best["val_accuracy"]], color=VALIDATION, label=label, **STAR)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="trial", ylabel="validation accuracy")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def learning_curves(
+    histories: pd.DataFrame,
+    trials: pd.DataFrame,
+    title: str,
+    *,
+    parameter: str | None = None,
+    log: bool = False,
+) -> Figure:
+    """Draw the validation accuracy of all trials of a study by epoch.
+
+    `histories` has the columns `trial`, `epoch` (from 1) and `val_accuracy` (0..1); `trials` the
+    columns `trial`, `state` and `parameter`, whose numbers decide a line's colour. Complete trials
+    are solid; pruned ones faint and dashed with a cross at their end; others dotted.
+    `log` spreads the colours by ratios, as `calibration_curve` its axis.
+    Raises ValueError if there is no epoch.
+    """
+    trials = trials.set_index("trial")
+    histories = histories[histories["trial"].isin(trials.index)]
+    if histories.empty:
+        raise ValueError("histories has no epoch: nothing to draw")
+    figure = _figure(6.5, 4.6, layout="constrained")
+    axes = figure.subplots()
+    shown = trials.loc[histories["trial"].unique()]
+    norm = _number_norm(shown[parameter], log) if parameter else None
+    looks = {
+        "complete": {"linestyle": "-"},
+        "pruned": {"linestyle": "--", "alpha": 0.55, "linewidth": 1.2},
+        "not ended, or failed": {"linestyle": ":"},
+    }
+    handles = {}
+    for number, history in histories.groupby("trial"):
+        state = trials["state"][number]
+        state = state if state in looks else "not ended, or failed"
+        color = COLORS(norm(trials[parameter][number])) if parameter else VALIDATION
+        epochs, accuracies = history["epoch"], history["val_accuracy"]
+        # A line through one epoch is invisible.
+        marker = "o" if len(history) == 1 else None
+        axes.plot(epochs, accuracies, color=color, marker=marker, ms=4, **looks[state])
+        cross = {"marker": "x", "ms": 7, "mew": 1.8} if state == "pruned" else {}
+        axes.plot(epochs.iloc[-1:], accuracies.iloc[-1:], color=color, **cross)
+        in_general = {"color": "0.3" if parameter else VALIDATION, "label": state}
+        handles[state] = Line2D([], [], **looks[state], **in_general, **cross)
+    values = sorted(shown[parameter].unique()) if parameter else []
+    if len(values) > 8:
+        figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, label=_words(parameter))
+    elif parameter:
+        lines = [Line2D([], [], color=COLORS(norm(v)), label=_number(v), lw=4) for v in values]
+        figure.legend(handles=lines, loc="outside right center", title=_words(parameter))
+    figure.legend(handles=handles.values(), loc="outside lower center", ncols=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="epoch", ylabel="validation accuracy")
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def parallel_coordinates(
+    trials: pd.DataFrame, parameters: Sequence[str], title: str, *, log: Sequence[str] = ()
+) -> Figure:
+    """Draw each trial as a line over the studied parameters to its validation accuracy.
+
+    `trials` has a row a trial with `state`, `val_accuracy` (0..1) and `parameters`, numbers or
+    text; those in `log`, and numbers over more than a decade, have logarithmic scales. The colour
+    is the accuracy's; pruned trials are dashed and grey. Others than these two are left out.
+    Lines through one value are spread a little, so that each is seen.
+    Raises ValueError if no trial is complete or there is no parameter.
+    """
+    trials = trials[trials["state"].isin(["complete", "pruned"])].sort_values("val_accuracy")
+    if not len(parameters) or not trials["state"].eq("complete").any():
+        raise ValueError(f"no trial is complete over {list(parameters)}: nothing to draw")
+    left, right, top, bottom = 0.85, 1.1, 0.45, 0.75
+    width, height = max(6.5, left + right + 1.25 * len(parameters)), 4.4
+    figure = _figure(width, height)
+    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    axes = figure.add_axes(box)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set(xlim=(0, len(parameters)), ylim=(-0.04, 1.04), yticks=[])
+    axes.set_xticks(range(len(parameters)), [_words(name) for name in parameters])
+    axes.tick_params(axis="x", length=0, pad=8)
+    heights = pd.DataFrame(index=trials.index)
+    for i, name in enumerate(parameters):
+        heights[name], ticks = _scale(trials[name], name in log)
+        shared = trials[name].duplicated(keep=False)
+        heights.loc[shared, name] += np.linspace(-0.03, 0.03, shared.sum())
+        axes.axvline(i, color="0.3", linewidth=1, zorder=1)
+        for label, y in ticks.items():
+            axes.plot([i - 0.02, i], [y, y], color="0.3", linewidth=1, clip_on=False)
+            axes.text(
+                *(i - 0.04, y, label),
+                **{"ha": "right", "va": "center", "fontsize": 9, "zorder": 4},
+                bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.9},
+            )
+    # The colour bar is the last of the axes: where a line meets it, it has the bar's colour.
+    norm = _padded_norm(trials["val_accuracy"])
+    heights["val_accuracy"] = norm(trials["val_accuracy"].to_numpy())
+    for index, line in heights.iterrows():
+        complete = trials["state"][index] == "complete"
+        look = {"color": COLORS(line["val_accuracy"]), "linewidth": 1.8, "zorder": 2}
+        if not complete:
+            look = {"color": PRUNED["mec"], "linewidth": 1, "linestyle": "--", "zorder": 1}
+        axes.plot(range(len(line)), line, **look)
+    padding = 0.04 / 1.08 * box[3]
+    bar = figure.add_axes((box[0] + box[2], box[1] + padding, 0.18 / width, box[3] - 2 * padding))
+    figure.colorbar(
+        ScalarMappable(norm, COLORS),
+        cax=bar,
+        format=PercentFormatter(1),
+        label=METRICS["val_accuracy"][0],
+    )
+    handles = [Line2D([], [], color=COLORS(0.6), lw=1.8, label="complete")]
+    if trials["state"].eq("pruned").any():
+        pruned = {"color": PRUNED["mec"], "lw": 1, "ls": "--"}
+        handles.append(Line2D([], [], **pruned, label="pruned, at its last epoch"))
+    figure.legend(handles=handles, loc="lower center", ncols=2)
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def importances(shares: pd.Series, title: str) -> Figure:
+    """Draw which share of the accuracy's variance each parameter explains, as bars.
+
+    `shares` has a share (0..1) by parameter, as `calibration.importances` gives it.
+    """
+    shares = shares.sort_values()
+    figure = _figure(6.5, 1.3 + 0.4 * len(shares), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([_words(name) for name in shares.index], shares, color=VALIDATION)
+    axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4)
+    axes.set(xlim=(0, 1.08), xticks=np.linspace(0, 1, 6))
+    axes.set_xlabel("share of the variance of the validation accuracy")
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.suptitle(title)
+    return figure
+
+
+def _is_log(values: Sequence[float], log: bool) -> bool:
+    low, high = min(values), max(values)
+    return low > 0 and low < high and (log or high / low > 10)
+
+
+def _number_axis(axes: Axes, values: Sequence[float], log: bool) -> None:
+    """Scale the x axis for the values that a study tried, and name these if there is room."""
+    doubled = len(values) > 1 and all(value > 0 and np.log2(value) % 1 == 0 for value in values)
+    positions = np.array(values, float)
+    if doubled or _is_log(values, log):
+        axes.set_xscale("log", base=2 if doubled else 10)
+        positions = np.log(positions)
+    room = np.diff(positions).min(initial=np.inf) / max(np.ptp(positions), 1e-12)
+    if len(values) <= 9 and room > 0.09:
+        axes.set_xticks(values, [_number(value) for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _number_norm(values: pd.Series, log: bool) -> Normalize:
+    norm = LogNorm if _is_log(values, log) else Normalize
+    return norm(values.min(), values.max())
+
+
+def _padded_norm(values: pd.Series) -> Normalize:
+    low, high = values.min(), values.max()
+    # A bar from one value to the same has no length.
+    margin = 0.005 if low == high else 0
+    return Normalize(low - margin, high + margin)
+
+
+def _scale(values: pd.Series, log: bool) -> tuple[pd.Series, dict[str, float]]:
+    """Heights in 0..1 for values, and labels with their heights for the axis beside them."""
+    unique = sorted(values.unique())
+    if not pd.api.types.is_numeric_dtype(values):
+        places = {str(value): i for i, value in enumerate(unique)}
+        last = max(len(unique) - 1, 1)
+        ticks = {value: i / last if len(unique) > 1 else 0.5 for value, i in places.items()}
+        return values.astype(str).map(ticks), ticks
+    if len(unique) == 1:
+        return values * 0.0 + 0.5, {_number(unique[0]): 0.5}
+    transform = np.log if _is_log(unique, log) else np.asarray
+    low, high = transform(unique[0]), transform(unique[-1])
+
+    def height(value: Any) -> Any:
+        return (transform(value) - low) / (high - low)
+
+    marks = unique
+    if len(unique) > 5 or np.diff(height(np.array(unique, float))).min() < 0.07:
+        rounds = LogLocator(subs=(1, 2, 5)) if transform is np.log else MaxNLocator(4)
+        inside = rounds.tick_values(unique[0], unique[-1])
+        marks = [mark for mark in inside if unique[0] <= mark <= unique[-1]]
+    return height(values), {_number(mark): float(height(mark)) for mark in marks}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class _NotebookFigure(Figure):

@@ -57,7 +57,8 @@ class Recipe:
             did, and is optimistic.
         train_size: training images, stratified; None is all that the protocol has.
         validation_size: validation images of "holdout", stratified.
-        test_size: test images, stratified; None is all 10,000.
+        test_size: test images, stratified; None is all 10,000. 0 leaves the test images alone, as a
+            choice between recipes must: only validation measures the run, by "holdout".
         classes: keep only the images of these classes; None keeps all 100.
 
     Raises:
@@ -110,12 +111,21 @@ class Recipe:
             ("seed", 0),
             ("train_size", 1),
             ("validation_size", 1),
-            ("test_size", 1),
+            ("test_size", 0),
         ):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise RecipeError(f"{field} is {value}; it must be {least} or more.")
         self._check_sizes()
+        if self.test_size == 0 and self.protocol != "holdout":
+            why = {
+                "deck": "validates on the test images",
+                "final": "has no validation images, so nothing would be measured",
+            }[self.protocol]
+            raise RecipeError(
+                f"test_size is 0, but the protocol {self.protocol!r} {why}. Use the protocol "
+                "'holdout', or a test_size of 1 or more."
+            )
         if self.early_stopping_patience and self.protocol == "final":
             raise RecipeError(
                 "early_stopping_patience needs a validation set; the protocol 'final' has none. "

@@ -3,12 +3,14 @@
 recipe.json        every choice
 history.csv        one row an epoch
 metrics.json       final numbers; a run that has it is finished
-predictions.npz    probabilities of the test images, and of the validation images
+predictions.npz    probabilities of the test and validation images that the recipe has
 weights.npz        the network's weights
 environment.json   versions, backend, device, threads, precision, commit, data digests
 notebook.ipynb     the executed notebook, when papermill made the run
 failure.json       why it failed, if it did
 checkpoint.npz     the last finished epoch, while the run is not finished
+stop               put there by whoever wants training to end after the epoch that runs; removed
+                   when the run has finished
 """
 
 from __future__ import annotations
@@ -94,7 +96,11 @@ class Run:
 
     @cached_property
     def metrics(self) -> dict:
-        """Final numbers: "test" and "validation" are what `evaluation.evaluate` gives."""
+        """Final numbers: "test" and "validation" are what `evaluation.evaluate` gives.
+
+        "test" is missing if the recipe's `test_size` is 0. "stopped" is None if all epochs were
+        run, else what ended training: "early stopping" or "stop file".
+        """
         return json.loads(self._text("metrics.json"))
 
     @cached_property

@@ -3,6 +3,8 @@
 After every epoch one file, renamed into place, holds all that the rest of the run depends on.
 Chance is a function of (seed, epoch, picture or layer), so a resumed run ends bit for bit where it
 would have ended undisturbed, on the same machine with the same threads and precision.
+
+The learning-rate range test is a short training of its own, and leaves no run.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from cifar_lib import ROOT, augmentation, backend, data, evaluation, models, runs
 from cifar_lib.backend import keras
-from cifar_lib.recipes import Recipe
+from cifar_lib.recipes import Recipe, RecipeError
 
 OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "adam": keras.optimizers.Adam,
@@ -33,15 +36,28 @@ OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
 # A loss that is not finite stays so in the epoch's running mean, so now and then is soon enough.
 STEPS_BETWEEN_LOSS_CHECKS = 16
 
+# A file of this name in the run folder ends training after the epoch in which it is found.
+STOP_FILE = "stop"
+
+# Of the range test: the weight of the past in its running mean; how many times its lowest value the
+# running mean must exceed to end the test; and how many standard errors the smoothed loss must fall
+# for a rate to be suggested: the least of 300 steps of mere noise lies some 3 below the first.
+RANGE_TEST_BETA = 0.98
+RANGE_TEST_DIVERGENCE = 4
+RANGE_TEST_CLEAR_FALL = 5
+
 
 class TrainingError(runs.RunError):
-    """The loss is not finite."""
+    """The loss is not finite, or no learning rate can be read from it."""
 
 
 def train(
     recipe: Recipe, run_dir: Path | None = None, *, dataset: data.Dataset | None = None
 ) -> runs.Run:
     """Train and test a recipe's network, or continue where an interrupted run stopped.
+
+    If the run folder holds a file named `stop` at the end of an epoch, training ends there, and the
+    run is finished with the epochs that it has.
 
     Args:
         recipe: every choice.
@@ -58,16 +74,13 @@ def train(
     run_dir = run_dir or ROOT / "runs" / recipe.run_name
     with runs.opened(run_dir, recipe) as run:
         if run.finished:
-            # It may have been killed between its last two steps.
-            (run_dir / "checkpoint.npz").unlink(missing_ok=True)
+            # It may have been killed between its last steps.
+            for left in ("checkpoint.npz", STOP_FILE):
+                (run_dir / left).unlink(missing_ok=True)
             print(f"{run_dir} holds this run already, finished.")
             return run
         (run_dir / "failure.json").unlink(missing_ok=True)
-        dataset = dataset or data.load(recipe.dataset)
-        if dataset.name != recipe.dataset:
-            raise runs.RunError(
-                f"The recipe asks for the data set {recipe.dataset!r}; {dataset.name!r} was given."
-            )
+        dataset = _recipes_dataset(recipe, dataset)
         splits = data.make_splits(dataset, **recipe.split_choices)
         precision = backend.resolve_precision(recipe.precision)
         model = models.build(recipe.model, precision=precision, seed=recipe.seed)
@@ -77,6 +90,15 @@ def train(
         recorder.fit(model, splits)
         _finish(run, model, splits, dataset, recorder)
     return run
+
+
+def _recipes_dataset(recipe: Recipe, given: data.Dataset | None) -> data.Dataset:
+    dataset = given or data.load(recipe.dataset)
+    if dataset.name != recipe.dataset:
+        raise runs.RunError(
+            f"The recipe asks for the data set {recipe.dataset!r}; {dataset.name!r} was given."
+        )
+    return dataset
 
 
 def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
@@ -111,6 +133,8 @@ class Recorder(keras.callbacks.Callback):
 
     Attributes:
         history: one dict an epoch, as in `runs.Run.history`.
+        stopped: what ended training before all epochs were run: "early stopping" or "stop file";
+            else None.
         weights_epoch: after `fit`, the epoch that the weights are of, from 1.
     """
 
@@ -119,7 +143,7 @@ class Recorder(keras.callbacks.Callback):
         self.run_dir, self.recipe, self.environment = run_dir, recipe, environment
         self.checkpoint = run_dir / "checkpoint.npz"
         self.history: list[dict[str, float]] = []
-        self.stopped = False
+        self.stopped: str | None = None
         self.early_stopping: keras.callbacks.EarlyStopping | None = None
         if recipe.early_stopping_patience:
             self.early_stopping = keras.callbacks.EarlyStopping(
@@ -152,6 +176,8 @@ class Recorder(keras.callbacks.Callback):
                     shuffle=False,
                     verbose=0,
                 )
+        if self.stopped == "stop file":
+            print(f"Stopped after epoch {len(self.history)}, as {self.run_dir / STOP_FILE} asks.")
         self.weights_epoch = len(self.history)
         if self.early_stopping and self.early_stopping.best_weights is not None:
             model.set_weights(self.early_stopping.best_weights)
@@ -188,7 +214,12 @@ class Recorder(keras.callbacks.Callback):
                 "validation_seconds": round(now - self.training_ended, 3),
             }
         )
-        self.stopped = self.model.stop_training
+        if epoch + 1 < self.recipe.epochs:
+            if self.model.stop_training:
+                self.stopped = "early stopping"
+            elif (self.run_dir / STOP_FILE).exists():
+                self.stopped = "stop file"
+                self.model.stop_training = True
         self._save()
 
     def _refuse_infinite_loss(self, loss: float, where: str) -> None:
@@ -257,8 +288,7 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self.epochs_done = epochs_done
         self.bar: tqdm | None = None
-        # A kernel that Jupyter started has this name; one that papermill started has not.
-        self.live = sys.stdout.isatty() or "JPY_SESSION_NAME" in os.environ
+        self.live = _watched()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.began = time.perf_counter()
@@ -294,6 +324,12 @@ class Progress(keras.callbacks.Callback):
             self.bar.close()
 
 
+def _watched() -> bool:
+    """Whether somebody sees a line that updates itself."""
+    # A kernel that Jupyter started has this name; one that papermill started has not.
+    return sys.stdout.isatty() or "JPY_SESSION_NAME" in os.environ
+
+
 def _finish(
     run: runs.Run,
     model: keras.Model,
@@ -303,11 +339,11 @@ def _finish(
 ) -> None:
     """Test the network, write what is left to write, and give up the checkpoint."""
     predictions, metrics = {}, {}
-    # With the protocol "deck" both are the test images.
+    # With the protocol "deck" both are the test images; with `test_size` 0 there are none.
     tested = (
         [splits.test] if recorder.recipe.protocol != "holdout" else [splits.validation, splits.test]
     )
-    for split in tested:
+    for split in filter(len, tested):
         probabilities = evaluation.predict(model, split.images)
         metrics[split.name] = evaluation.evaluate(
             probabilities, split.fine_labels, dataset.superclass_of
@@ -323,6 +359,7 @@ def _finish(
         "parameters": model.count_params(),
         "train_images": len(splits.train),
         "epochs_run": len(history),
+        "stopped": recorder.stopped,
         "best_epoch": None if best is None else int(history["epoch"][best]),
         "weights_epoch": recorder.weights_epoch,
         "train_seconds": float(history["train_seconds"].sum()),
@@ -331,7 +368,124 @@ def _finish(
     runs.write_arrays(run.path / "weights.npz", _numbered("", model.weights))
     runs.write_json(run.path / "metrics.json", metrics)
     recorder.checkpoint.unlink(missing_ok=True)
+    (run.path / STOP_FILE).unlink(missing_ok=True)
 
 
 def _numbered(group: str, arrays: list) -> dict[str, np.ndarray]:
     return {f"{group}{n:04d}": keras.ops.convert_to_numpy(a) for n, a in enumerate(arrays)}
+
+
+def range_test(
+    recipe: Recipe,
+    *,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    steps: int = 300,
+    dataset: data.Dataset | None = None,
+) -> pd.DataFrame:
+    """Train shortly while the learning rate rises, to see at which rates the loss falls.
+
+    Smith 2017, "Cyclical learning rates for training neural networks", section 3.3, with a rate
+    that grows by the same factor from step to step, as in fastai. The network, the optimiser, the
+    augmentation, the batches and the precision are the recipe's; its learning rate and schedule are
+    not used, and nothing is validated or kept.
+
+    Args:
+        recipe: every choice.
+        lowest: the learning rate of the first step, above 0.
+        highest: that of the last step, above `lowest`.
+        steps: batches to train on, at least 2; the training images are used again as needed.
+        dataset: what `data.load(recipe.dataset)` gives, if it is at hand.
+
+    Returns:
+        one row a step: `step` (from 1), `learning_rate`, `loss` of the step's batch before the
+        weights change (nats), and `smoothed`, its exponential running mean with the weight 0.98 of
+        the past, corrected for its start. The last row is earlier than `steps` if `smoothed`
+        became more than 4 times its lowest value, or not finite.
+
+    Raises:
+        RecipeError: the bounds or the number of steps cannot be.
+        RunError: `dataset` is not the recipe's.
+        DataError: the data set is not there or is not what it should be.
+    """
+    if not (math.isfinite(highest) and 0 < lowest < highest):
+        raise RecipeError(
+            f"The range of learning rates is from {lowest:g} to {highest:g}; lowest must be above "
+            "0, and highest above lowest and finite."
+        )
+    if steps < 2:
+        raise RecipeError(f"steps is {steps}; a range of learning rates needs 2 or more.")
+    dataset = _recipes_dataset(recipe, dataset)
+    train = data.make_splits(dataset, **recipe.split_choices).train
+    batches = augmentation.Batches(
+        train,
+        recipe.batch_size,
+        augmentation.make(recipe.augmentation),
+        seed=recipe.seed,
+        shuffle=True,
+    )
+    precision = backend.resolve_precision(recipe.precision)
+    model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    # Keras lets the rate be set only where no schedule sets it.
+    compile_model(model, recipe.replace(schedule="constant"), steps=len(batches))
+    rows = []
+    mean, least = 0.0, math.inf
+    rates = np.geomspace(lowest, highest, steps)
+    bar = tqdm(rates, disable=not _watched(), file=sys.stdout, unit="step", dynamic_ncols=True)
+    with contextlib.closing(bar):
+        for step, rate in enumerate(bar):
+            batches.epoch, number = divmod(step, len(batches))
+            model.optimizer.learning_rate = rate
+            # Not `fit`, whose loss is the mean of an epoch's batches so far.
+            loss = float(model.train_on_batch(*batches[number], return_dict=True)["loss"])
+            mean = RANGE_TEST_BETA * mean + (1 - RANGE_TEST_BETA) * loss
+            smoothed = mean / (1 - RANGE_TEST_BETA ** (step + 1))
+            rows.append((step + 1, rate, loss, smoothed))
+            least = min(least, smoothed)
+            if not math.isfinite(smoothed) or smoothed > RANGE_TEST_DIVERGENCE * least:
+                break
+    return pd.DataFrame(rows, columns=["step", "learning_rate", "loss", "smoothed"])
+
+
+def suggested_rate(table: pd.DataFrame) -> float:
+    """The learning rate at which the loss of a range test falls most steeply.
+
+    The steepest descent over the logarithm of the rate, before the lowest loss. The loss is first
+    smoothed by a Gaussian whose standard deviation is a fifteenth of the steps, or one step. It is
+    centred; the column `smoothed` would not do, since it follows the loss by up to 49 steps, so
+    that its steepest point lies at too high a rate.
+
+    Args:
+        table: what `range_test` gives.
+
+    Raises:
+        TrainingError: the loss never fell by clearly more than its noise, or there are fewer than
+            10 finite losses.
+    """
+    finite = table[np.isfinite(table["loss"])]
+    if len(finite) < 10:
+        raise TrainingError(
+            f"{len(finite)} finite losses are too few to suggest a learning rate. Try more steps, "
+            "or a lower lowest."
+        )
+    losses = finite["loss"].to_numpy()
+    # A loss beyond any at the start has diverged. How far says nothing, and would spread.
+    ceiling = losses[: max(1, len(losses) // 10)].max()
+    losses = np.minimum(losses, ceiling)
+    width = max(len(losses) / 15, 1)
+    smooth = gaussian_filter1d(losses, width, mode="reflect")
+    lowest = int(smooth.argmin())
+    # The standard error of a mean with Gaussian weights, from differences of neighbours, which have
+    # hardly a trend, and no longer those near divergence.
+    noise = np.diff(losses[: max(lowest, 9) + 1]).std() / np.sqrt(2)
+    error = noise / np.sqrt(2 * np.sqrt(np.pi) * width)
+    if smooth[0] - smooth[lowest] <= RANGE_TEST_CLEAR_FALL * error:
+        first, last = table["learning_rate"].iloc[[0, -1]]
+        raise TrainingError(
+            f"The loss never fell from {table['loss'].iloc[0]:.4g}, its first value, between the "
+            f"learning rates {first:g} and {last:g}. Let the rate rise more slowly, by more steps; "
+            "or try a higher highest if it stayed level to the end, a lower lowest if it rose from "
+            "the start."
+        )
+    rates = finite["learning_rate"].to_numpy()[: lowest + 1]
+    return float(rates[np.gradient(smooth[: lowest + 1], np.log(rates)).argmin()])

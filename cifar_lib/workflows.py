@@ -72,7 +72,7 @@ def report(
         the path of the report's index.
 
     Raises:
-        RunError: the runs are of several data sets.
+        RunError: the runs are of several data sets, or one was not tested.
         NotebookError: a notebook failed; it stands in the report with its error.
     """
     names = {run.recipe.dataset for run in shown}
@@ -80,6 +80,12 @@ def report(
         raise runs.RunError(
             f"The runs are of several data sets ({', '.join(sorted(names))}): name runs of one."
         )
+    for run in shown:
+        if run.recipe.test_size == 0:
+            raise runs.RunError(
+                f"{run.name} was not tested: its test_size is 0, and a report is about the test "
+                "images. Leave it out, or train its recipe with another test_size."
+            )
     dataset = data.load(names.pop())
     places = {"output_dir": str(output_dir)}
     of_data = places | {"dataset": dataset.name}

@@ -497,7 +497,8 @@ def test_splits_are_stratified_and_disjoint(
     number = len(classes or SMALL.fine_names)
     ids = {SMALL.fine_names.index(name) for name in classes or SMALL.fine_names}
     left = number * TRAIN // 100
-    sizes = {"test_size": draw.draw(st.integers(1, number * TEST // 100))}
+    fewest = 1 if protocol == "deck" else 0
+    sizes = {"test_size": draw.draw(st.integers(fewest, number * TEST // 100))}
     if protocol == "holdout":
         sizes["validation_size"] = draw.draw(st.integers(1, left - 1))
         left -= sizes["validation_size"]
@@ -552,6 +553,8 @@ def test_whole_splits_copy_no_images() -> None:
         ({"validation_size": 0}, "validation_size is 0"),
         ({"validation_size": 200, "train_size": 1001}, "train_size is 1001.* from 1 to 1000"),
         ({"protocol": "final", "train_size": -1}, "train_size is -1"),
+        ({"protocol": "deck", "test_size": 0}, f"test_size is 0.* from 1 to {TEST}"),
+        ({"protocol": "final", "test_size": -1}, f"test_size is -1.* from 0 to {TEST}"),
         ({"protocol": "final", "test_size": TEST + 1}, f"test_size is {TEST + 1}.* to {TEST}"),
         ({"classes": ["bee"], "validation_size": 99}, "validation_size is 99, but 12 images"),
     ],
@@ -577,6 +580,7 @@ def test_stand_in_has_the_shape_of_cifar100(synthetic: data.Dataset) -> None:
     ours = {*synthetic.fine_names, *synthetic.coarse_names}
     assert len(ours) == 120 and not ours & set(names(OFFICIAL))
     assert len(data.make_splits(synthetic).train) == 45_000
+    assert data.make_splits(synthetic, test_size=0).test.images.shape == (0, 32, 32, 3)
 
 
 def test_stand_in_is_deterministic(

@@ -91,6 +91,36 @@ def test_training_curves_refuse_nothing():
         figures.training_curves({"killed": history(0)}, "CIFAR-100")
 
 
+def range_table(losses):
+    rates = np.geomspace(1e-6, 1, len(losses))
+    smoothed = pd.Series(losses).ewm(alpha=0.02).mean()
+    return pd.DataFrame({"learning_rate": rates, "loss": losses, "smoothed": smoothed})
+
+
+@pytest.mark.parametrize("last", [1e6, np.nan])
+def test_range_test_marks_the_suggestion_and_keeps_the_descent_visible(last):
+    losses = np.append(np.linspace(4.6, 3.8, 99), last)
+    figure = figures.range_test(range_table(losses), 3e-4, "CIFAR-100: range test")
+    [axes] = figure.axes
+    assert axes.get_xscale() == "log"
+    [mark] = lines(axes, "black")
+    assert list(mark.get_xdata()) == [3e-4, 3e-4]
+    low, high = axes.get_ylim()
+    assert low < 3.8 and 4.6 < high < 5
+    assert {"CIFAR-100: range test", "suggestion, 0.0003", "learning rate"} <= set(texts(figure))
+
+
+def test_range_test_without_a_suggestion_marks_none():
+    figure = figures.range_test(range_table(np.full(20, 4.6)), None, "CIFAR-100")
+    assert not lines(figure.axes[0], "black")
+    assert not any("suggestion" in text for text in texts(figure))
+
+
+def test_range_test_refuses_nothing():
+    with pytest.raises(ValueError, match="none of 2 losses is finite"):
+        figures.range_test(range_table(np.array([np.nan, np.inf])), None, "CIFAR-100")
+
+
 def test_confusion_matrix_is_ordered_by_superclass():
     confusion = evaluation.confusion(random_probabilities(3000), np.arange(3000) % 100)
     figure = figures.confusion_matrix(

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cifar_lib import ROOT, data, recipes, runs, training
+from cifar_lib import ROOT, augmentation, data, models, recipes, runs, training, workflows
 from cifar_lib.__main__ import main
 from cifar_lib.recipes import Recipe
 
@@ -303,6 +303,7 @@ def test_the_history_and_the_numbers_are_those_of_the_protocol(name, undisturbed
     assert metrics["parameters"] == 6_777_060
     assert metrics["train_images"] == 48
     assert metrics["epochs_run"] == len(history)
+    assert metrics["stopped"] == (None if len(history) == run.recipe.epochs else "early stopping")
     assert ("validation" in metrics) == (protocol == "holdout")
     if protocol == "final":
         assert metrics["best_epoch"] is None
@@ -365,13 +366,90 @@ def test_the_environment_is_recorded(undisturbed, synthetic):
 def test_a_finished_run_is_not_trained_again(undisturbed, capsys):
     run, _ = undisturbed["seed"]
     before = {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path.suffix}
-    # Left by a process that was killed between its last two steps.
-    (run.path / "checkpoint.npz").write_bytes(b"")
+    # Left by a process that was killed between its last steps.
+    for left in ("checkpoint.npz", "stop"):
+        (run.path / left).write_bytes(b"")
     began = time.process_time()
     assert main(command(run.recipe, run.path)[2:]) == 0
     assert time.process_time() - began < 2
     assert "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path.suffix}
+    assert not (run.path / "stop").exists()
+
+
+def test_a_stop_file_ends_training_after_the_epoch(synthetic, tmp_path, capsys):
+    recipe = make_recipe("none").replace(schedule="constant")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "stop").touch()
+    stopped = training.train(recipe, tmp_path / "stopped", dataset=synthetic)
+    assert "Stopped after epoch 1" in capsys.readouterr().out
+    assert stopped.metrics["stopped"] == "stop file"
+    assert stopped.metrics["epochs_run"] == stopped.metrics["weights_epoch"] == 1
+    assert stopped.state == "finished"
+    assert not (stopped.path / "stop").exists()
+    # What it gives is what a recipe of that many epochs does.
+    short = training.train(recipe.replace(epochs=1), tmp_path / "short", dataset=synthetic)
+    assert short.metrics["stopped"] is None
+    for kind in ("predictions.npz", "weights.npz"):
+        ours, theirs = (runs.read_arrays(run.path / kind) for run in (stopped, short))
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_a_run_that_was_killed_after_it_was_stopped_ends_there(synthetic, tmp_path):
+    recipe = make_recipe("none")
+    folder, log = tmp_path / "run", tmp_path / "log"
+    folder.mkdir()
+    (folder / "stop").touch()
+    with started(command(recipe, folder), log) as process:
+        wait_for(process, lambda: epochs_stored(folder) == 1, log)
+        process.kill()
+    assert not (folder / "metrics.json").exists()
+    (folder / "stop").unlink()  # it has done what it is for
+    run = training.train(recipe, folder, dataset=synthetic)
+    assert run.metrics["epochs_run"] == 1 and run.metrics["stopped"] == "stop file"
+
+
+@pytest.fixture(scope="module")
+def untested(synthetic, tmp_path_factory) -> runs.Run:
+    """A run that leaves the test images alone, made by the notebook."""
+    sizes = {"train_size": 64, "validation_size": 50, "test_size": 0, "epochs": 1}
+    folder = tmp_path_factory.mktemp("untested")
+    recipe = recipes.get("seed", dataset="synthetic", **sizes)
+    return workflows.train(recipe, folder, folder / "figures")
+
+
+def test_a_run_can_leave_the_test_images_alone(untested):
+    assert "test" not in untested.metrics
+    assert untested.metrics["validation"]["images"] == 50
+    assert not [name for name in untested.predictions() if name.startswith("test")]
+    shown = (untested.path / "notebook.ipynb").read_text()
+    assert "50 validation images, the test images left alone." in shown
+    assert "50 validation images correctly" in shown
+
+
+def test_commands_on_a_run_that_was_not_tested(untested, capsys):
+    place = ["--runs-dir", str(untested.path.parent)]
+    assert main(command(untested.recipe, untested.path)[2:]) == 0
+    accuracy = f"{untested.metrics['validation']['accuracy']:.2%}"
+    printed = capsys.readouterr().out
+    assert f"{untested.name}, validation images of synthetic" in printed and accuracy in printed
+
+    assert main(["runs", *place]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.split() == [untested.name, "finished", "1/1", "synthetic"]
+
+    assert main(["evaluate", *place]) == 2
+    error = capsys.readouterr().err
+    assert f"{untested.name} has no test images" in error and "--split validation" in error
+    assert main(["evaluate", "--split", "validation", *place]) == 0
+    assert accuracy in capsys.readouterr().out
+
+    for names in ([], [untested.name]):
+        assert main(["report", *names, *place]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"RunError: {untested.name} was not tested: its test_size is 0")
+        assert "Leave it out" in error
 
 
 def test_another_data_set_than_the_recipes_is_refused(synthetic, tmp_path):
@@ -391,6 +469,138 @@ def test_a_loss_that_is_not_finite_stops_the_run(synthetic, tmp_path, capsys):
     failure = json.loads((run.path / "failure.json").read_text())
     assert failure["epoch"] == 1 and failure["error"] in error
     assert not (run.path / "checkpoint.npz").exists(), "nothing of it is kept"
+
+
+# Learns quickly: four classes, no augmentation.
+EASY = {
+    "dataset": "synthetic",
+    "classes": data.class_names("synthetic")[:4],
+    "augmentation": "none",
+    "optimizer": "adam",
+    "precision": "float32",
+    "batch_size": 16,
+    "train_size": 240,
+    "validation_size": 50,
+    "test_size": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def ranged(synthetic) -> pd.DataFrame:
+    recipe = recipes.get("seed", **EASY)
+    return training.range_test(recipe, lowest=1e-6, highest=100, steps=60, dataset=synthetic)
+
+
+def test_a_range_test_sees_the_loss_fall_and_then_diverge(ranged):
+    steps = len(ranged)
+    assert 15 < steps < 60, "more than one pass, and ended early"
+    assert list(ranged) == ["step", "learning_rate", "loss", "smoothed"]
+    assert list(ranged["step"]) == list(range(1, steps + 1))
+    expected = 1e-6 * 10 ** (8 / 59 * np.arange(steps))
+    np.testing.assert_allclose(ranged["learning_rate"], expected, rtol=1e-12)
+    # With `adjust`, its default, pandas corrects for the start.
+    mean = ranged["loss"].ewm(alpha=0.02).mean()
+    np.testing.assert_allclose(ranged["smoothed"], mean, rtol=1e-9)
+    smoothed = ranged["smoothed"].to_numpy()
+    lowest = smoothed.argmin()
+    assert smoothed[lowest] < 0.9 * smoothed[0]
+    assert smoothed[-1] > 4 * smoothed[lowest] and (smoothed[:-1] <= 4 * smoothed[lowest]).all()
+    rate = training.suggested_rate(ranged)
+    assert 1e-5 < rate < ranged["learning_rate"][lowest]
+
+
+def test_a_range_test_gives_the_loss_of_each_batch(ranged, synthetic):
+    import keras
+    import tensorflow as tf
+
+    recipe = recipes.get("seed", **EASY)
+    model = models.build("seed", seed=recipe.seed)
+    optimizer = keras.optimizers.Adam()
+    split = data.make_splits(synthetic, **recipe.split_choices).train
+    batches = augmentation.Batches(split, recipe.batch_size, seed=recipe.seed, shuffle=True)
+    for number in range(4):
+        optimizer.learning_rate = ranged["learning_rate"][number]
+        images, labels = batches[number]
+        with tf.GradientTape() as tape:
+            probabilities = model(images, training=True)
+            losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
+            loss = tf.reduce_mean(losses)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        assert ranged["loss"][number] == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"lowest": 0.0}, "from 0 to 1; lowest must be above 0"),
+        ({"lowest": 0.1, "highest": 0.01}, "from 0.1 to 0.01; .* highest above lowest"),
+        ({"lowest": float("nan")}, "from nan to 1"),
+        ({"highest": float("inf")}, "from 1e-06 to inf; .* finite"),
+        ({"steps": 1}, "steps is 1; .* needs 2 or more"),
+    ],
+    ids=str,
+)
+def test_impossible_bounds_are_refused_before_data_is_loaded(
+    bounds, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CIFAR100_DIR", str(tmp_path))  # nothing is there
+    with pytest.raises(recipes.RecipeError, match=message):
+        training.range_test(recipes.get("seed"), **bounds)
+
+
+def range_table(losses: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"learning_rate": np.geomspace(1e-6, 1, len(losses)), "loss": losses})
+
+
+@pytest.mark.parametrize("steepest", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("end", [0.0, 1e6, np.inf, np.nan])
+def test_the_suggestion_is_the_rate_of_the_steepest_descent(steepest, end):
+    rates = np.geomspace(1e-6, 1, 300)
+    # A logistic curve over the logarithm of the rate; then it diverges.
+    losses = 4.6 - 2 / (1 + (rates / steepest) ** -2)
+    losses[290:] += end
+    table = range_table(losses)
+    step = rates[1] / rates[0]
+    assert 1 / step < training.suggested_rate(table) / steepest < step
+    noise = np.random.default_rng(0).normal(0, 0.05, 300)
+    assert 1 / 2 < training.suggested_rate(range_table(losses + noise)) / steepest < 2
+
+
+@pytest.mark.parametrize("steps", [15, 300])
+@pytest.mark.parametrize("rise", [0.0, 3.0])
+def test_no_rate_is_suggested_where_the_loss_never_fell(rise, steps):
+    noise = np.random.default_rng(0).normal(0, 0.05, steps)
+    table = range_table(4.6 + noise + rise * np.linspace(0, 1, steps) ** 2)
+    with pytest.raises(training.TrainingError, match=r"never fell .* 1e-06 and 1\. .* more steps"):
+        training.suggested_rate(table)
+    with pytest.raises(training.TrainingError, match=r"9 finite losses .* Try more steps"):
+        training.suggested_rate(range_table(np.append(np.linspace(4, 3, 9), np.nan)))
+
+
+def test_the_command_line_writes_a_range_test(synthetic, tmp_path, capsys):
+    choices = [*command(recipes.get("seed", **EASY), tmp_path / "unused")[4:-4]]
+    at = choices.index("--classes")
+    choices[at + 1 : at + 2] = EASY["classes"]
+    range_test = ["range-test", "seed", *choices, "--runs-dir", str(tmp_path), "--steps", "15"]
+    path = tmp_path / "range_tests" / f"{recipes.get('seed', **EASY).run_name}.csv"
+
+    assert main([*range_test, "--lowest", "1e-5", "--highest", "1e-3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    table = pd.read_csv(path)
+    assert list(table["learning_rate"].iloc[[0, -1]]) == pytest.approx([1e-5, 1e-3])
+    rate = f"{training.suggested_rate(table):.3g}"
+    assert printed == [f"suggested learning rate  {rate}", str(path), str(path.with_suffix(".png"))]
+    before = path.with_suffix(".png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    # Where no rate can be suggested, the curve is still drawn.
+    assert main([*range_test, "--lowest", "1e-9", "--highest", "1e-8"]) == 1
+    assert "TrainingError: The loss never fell" in capsys.readouterr().err
+    assert path.with_suffix(".png").read_bytes() != before
+
+    assert main([*range_test, "--lowest", "1", "--highest", "0.1"]) == 2
+    assert "from 1 to 0.1" in capsys.readouterr().err
 
 
 ON_A_BACKEND = """
