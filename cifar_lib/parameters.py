@@ -1,9 +1,11 @@
-"""The check of what papermill injects into a notebook."""
+"""The parameters of a notebook: what it declares, and the check of what papermill injects."""
 
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from cifar_lib.recipes import RecipeError, unknown
 
@@ -37,6 +39,15 @@ def check(cells: Sequence[str]) -> None:
                 f"notebook parameter {name} is {value!r}, of type {type(value).__name__}; it must "
                 f"be of type {type(default).__name__}, as its default {default!r}."
             )
+
+
+def declared(notebook: Path) -> dict[str, object]:
+    """The parameters of a notebook, with their defaults."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            return _assignments("".join(cell["source"]))
+    return {}
 
 
 def _assignments(cell: str) -> dict[str, object]:
