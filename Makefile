@@ -23,7 +23,7 @@ setup: $(VENV)/.ready ## Make .venv and install everything in it (3.2 GB of disk
 demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
 
-test: $(VENV)/.ready-test ## Check the style and run the tests (3 to 6 minutes on 2 cores)
+test: $(VENV)/.ready-test ## Check the style and run the tests (5 to 9 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)
@@ -32,10 +32,11 @@ lab: $(VENV)/.ready ## Open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' \
 	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
 
-reference: $(VENV)/.ready ## Make results/, figures/ and reports/ again (two hours on 2 cores)
+reference: $(VENV)/.ready ## Make results/, figures/ and reports/ again (four hours on 2 cores)
 	$(RUN) benchmarks/data_loading.py --out results/benchmarks/data_loading.json
 	$(RUN) benchmarks/augmentation.py --out results/benchmarks/augmentation.json
 	$(RUN) benchmarks/throughput.py --out results/benchmarks/throughput.json
+	$(RUN) benchmarks/sweeps.py --out results/benchmarks/sweeps.json
 	$(RUN) -m cifar_lib reference $(ARGS)
 
 clean: ## Delete .venv and caches; runs/ and the data stay

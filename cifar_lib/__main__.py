@@ -241,24 +241,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _range_test(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from cifar_lib import data, figures, runs, training
+    from cifar_lib import workflows
 
     chosen = {name: getattr(options, name) for name in ("lowest", "highest", "steps")}
-    table = training.range_test(
-        recipe, **{name: value for name, value in chosen.items() if value is not None}
-    )
-    path = options.runs_dir / "range_tests" / f"{recipe.run_name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(path, table.to_csv(index=False).encode())
-    suggestion = None
-    try:
-        suggestion = training.suggested_rate(table)
-        print(f"suggested learning rate  {suggestion:.3g}")
-    finally:
-        # Where there is no suggestion, the picture says why.
-        title = f"{recipe.name}: learning-rate range test, {data.load(recipe.dataset).title}"
-        figures.range_test(table, suggestion, title).savefig(path.with_suffix(".png"))
-        print(path, path.with_suffix(".png"), sep="\n")
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    path, suggestion = workflows.range_test(recipe, options.runs_dir, **chosen)
+    print(path, path.with_suffix(".png"), sep="\n")
+    print(f"suggested learning rate  {suggestion:.3g}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -318,6 +307,7 @@ def _report(options: argparse.Namespace) -> None:
         executed_dir=options.runs_dir / "executed",
         output_dir=options.runs_dir / "figures",
         tables_dir=options.runs_dir / "tables",
+        studies_dir=options.runs_dir / "studies",
     )
     print(index)
 

@@ -192,7 +192,8 @@ def find(studies_dir: Path | str, names: Sequence[str] = ()) -> list[Results]:
     found = [read(path.parent) for path in studies_dir.glob("*/study.json")]
     if not found:
         raise CalibrationError(
-            f"There is no study in {studies_dir}. Run one, or name the folder that holds some."
+            f"There is no study in {studies_dir}. Run one: "
+            "python -m cifar_lib sweep studies/learning_rate.yaml"
         )
 
     def beginning(results: Results) -> tuple[str, str]:
@@ -348,7 +349,8 @@ def conclusion(results: Results) -> str:
         )
     else:
         lines += [*_recommendation(results), *_edges(results), *_epochs(results)]
-    lines += [*_states(results), *_limits(results)]
+        lines += _limits(results)
+    lines += _states(results)
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -380,6 +382,12 @@ def _recommendation(results: Results) -> list[str]:
         lines.append(
             f"By that measure {alike} of the other {len(table) - 1} points may be as good."
         )
+    return lines + _caveats(results, table)
+
+
+def _caveats(results: Results, table: pd.DataFrame) -> list[str]:
+    """What speaks against the best point, the first of `table`."""
+    lines, best = [], table.iloc[0]
     fallen = results.trials["state"].eq("pruned")
     for name in results.parameters:
         fallen &= results.trials[name].eq(best[name])
@@ -388,9 +396,9 @@ def _recommendation(results: Results) -> list[str]:
             f"{_counted(int(fallen.sum()), 'trial')} of this best point "
             f"{'was' if fallen.sum() == 1 else 'were'} pruned: its mean is of the others."
         )
-    if seeds < table["seeds"].max():
+    if best["seeds"] < table["seeds"].max():
         lines.append(
-            f"It has {_counted(seeds, 'seed')} where others have up to "
+            f"It has {_counted(int(best['seeds']), 'seed')} where others have up to "
             f"{table['seeds'].max()}: repeat it before relying on it."
         )
     return lines

@@ -101,8 +101,11 @@ class Range:
     def _value(self, number: float) -> Value:
         if self.integer:
             return round(number)
-        # Three digits are as fine as anyone calibrates, and read well.
-        return float(f"{min(max(number, self.low), self.high):.3g}")
+        # Three digits are as fine as anyone calibrates, and read well; the ends stay what they are.
+        number = float(min(max(number, self.low), self.high))
+        rounded = float(f"{number:.3g}")
+        inside = self.low < number < self.high and self.low <= rounded <= self.high
+        return rounded if inside else number
 
 
 @dataclass(frozen=True, kw_only=True)

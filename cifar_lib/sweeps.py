@@ -115,7 +115,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with _lease(folder, lease_seconds, take_over) as lease:
         identifier = _identify(folder, study, dataset.title)
-        expected = {"dataset": base.dataset, "machine": trials.describe(base.dataset)}
+        # Workers on this machine run what lies here.
+        machine = trials.describe(base.dataset) if scheduler else {}
+        expected = {"dataset": base.dataset, "machine": machine}
         with dask.config.set(DASK), _cluster(study, scheduler) as client:
             driver = _Driver(study, folder, identifier, lease, client, expected, resources, task)
             driver.drive()
@@ -139,6 +141,56 @@ def resolve(study: Study, studies_dir: Path) -> Study:
                 f"first. ({error})"
             ) from error
     return studies.resolve(study, best)
+
+
+def dry_run(study: Study, studies_dir: Path) -> None:
+    """Print the trials of a study, and how long they would take here by measured steps.
+
+    Studies that it follows and that have found nothing yet are left out, and it says so.
+    """
+    try:
+        study = resolve(study, studies_dir)
+    except SweepError as error:
+        print(f"{error} Until then the recipe's own values are taken.")
+        study = dataclasses.replace(study, follows=())
+    planned = [(f"{number}", point, seed) for number, (point, seed) in enumerate(study.planned())]
+    if study.search == "tpe":
+        more = (study.trials or 0) * study.seeds - len(planned)
+        planned += [("drawn", {}, 0)] * max(more, 0)
+    if study.repeat_best:
+        points, seeds = study.repeat_best
+        again = range(study.seeds, seeds)
+        planned += [("repeat", {}, seed) for _ in range(points) for seed in again]
+    began = time.perf_counter()
+    from cifar_lib import training
+
+    dataset = data.load(study.base().dataset)
+    start = time.perf_counter() - began
+    measured: dict[recipes.Recipe, float] = {}
+    total = 0.0
+    count = f"{len(planned)} trial" + ("" if len(planned) == 1 else "s")
+    print(f"{study.name}: {count} of the recipe {study.recipe}")
+    for name, point, seed in planned:
+        recipe = study.base().replace(**point, seed=seed)
+        # What a step takes does not depend on these.
+        alike = recipe.replace(seed=0, epochs=1, learning_rate=1e-6, name="alike")
+        if alike not in measured:
+            measured[alike] = training.seconds_per_step(alike, dataset=dataset)
+        images = len(data.make_splits(dataset, **recipe.split_choices).train)
+        steps = recipe.epochs * -(-images // recipe.batch_size)
+        seconds = start + steps * measured[alike]
+        total += seconds
+        values = calibration.describe(point) if point else "values that the search chooses"
+        print(
+            f"{name:>6}  {values}, seed {seed}: {steps:,} steps of "
+            f"{measured[alike] * 1000:.0f} ms, {_clock(seconds)}"
+        )
+    slots = len(trials.slots(study.cores_per_trial))
+    limit = f", but no trial starts after {study.minutes:g} minutes" if study.minutes else ""
+    print(
+        f"About {_clock(total / slots)} on this machine, {slots} at a time, without validation and "
+        f"without pruning{limit}."
+    )
 
 
 class _Lease:
@@ -419,6 +471,7 @@ class _Driver:
                         raise
                     raise self._gone(error) from error
             self._describe_environment()
+            self.client.run(trials.clear, self.identifier)
         finally:
             ended.set()
             if self.client.status == "running":
@@ -566,7 +619,7 @@ class _Driver:
         answers = {}
         if new:
             arguments = self.expected["dataset"], self.study.cores_per_trial
-            answers = self.client.run(_describe, *arguments, workers=new, on_error="return")
+            answers = self.client.run(trials.look, *arguments, workers=new, on_error="return")
         for address, count in threads.items():
             answer = answers.get(address)
             if address in known:
@@ -779,8 +832,10 @@ class _Driver:
             "epochs": running.epochs,
             "seconds": round(outcome.seconds, 3),
             "worker": outcome.host or running.host,
-            "started": datetime.fromtimestamp(running.began, UTC).isoformat(timespec="seconds"),
-            "ended": ended.isoformat(timespec="seconds"),
+            "started": datetime.fromtimestamp(running.began, UTC).isoformat(
+                timespec="milliseconds"
+            ),
+            "ended": ended.isoformat(timespec="milliseconds"),
             "attempts": running.attempts,
             "error": outcome.error,
         }
@@ -851,6 +906,7 @@ class _Driver:
         return ", ".join([*parts, f"{_clock(self._minutes() * 60)} so far"])
 
     def _write_tables(self) -> None:
+        self.lease.check()
         rows, histories = [], []
         for trial in self.optuna.get_trials(deepcopy=False):
             row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state]}
@@ -863,7 +919,8 @@ class _Driver:
                 row |= {"worker": running.host, "attempts": running.attempts}
             rows.append(row)
             histories += [{"trial": trial.number} | epoch for epoch in history]
-        table = pd.DataFrame(rows, columns=[*COLUMNS[:2], *self.study.parameters, *COLUMNS[2:]])
+        columns = dict.fromkeys([*COLUMNS[:2], *self.study.parameters, *COLUMNS[2:]])
+        table = pd.DataFrame(rows, columns=list(columns))
         for name in ("seed", "best_epoch", "epochs", "epochs_run", "train_images", "attempts"):
             table[name] = table[name].astype("Int64")
         _write_csv(self.folder / "trials.csv", table)
@@ -911,10 +968,6 @@ HISTORY = (
     "train_seconds",
     "validation_seconds",
 )
-
-
-def _describe(dataset: str, cores: int | None) -> tuple[dict[str, str], str, int]:
-    return trials.describe(dataset), socket.gethostname(), len(trials.slots(cores))
 
 
 def _suggest(trial: optuna.Trial, name: str, space: studies.Range | Values) -> Value:

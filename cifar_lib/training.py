@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,9 @@ OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
 
 # A loss that is not finite stays so in the epoch's running mean, so now and then is soon enough.
 STEPS_BETWEEN_LOSS_CHECKS = 16
+
+STEPS_TO_WARM_UP = 3
+SECONDS_TO_MEASURE = 2.0
 
 # A file of this name in the run folder ends training after the epoch in which it is found.
 STOP_FILE = "stop"
@@ -121,6 +125,32 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
         metrics=["accuracy"],
         jit_compile=backend.jit_compile(),
     )
+
+
+def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> float:
+    """How long one training step of a recipe takes on this machine, in seconds.
+
+    The median of some seconds' steps, after the first ones, in which the backend compiles.
+
+    Raises:
+        RunError: `dataset` is not the recipe's.
+        DataError: the data set is not there or is not what it should be.
+    """
+    dataset = _recipes_dataset(recipe, dataset)
+    train = data.make_splits(dataset, **recipe.split_choices).train
+    policy = augmentation.make(recipe.augmentation)
+    batches = augmentation.Batches(train, recipe.batch_size, policy, seed=recipe.seed, shuffle=True)
+    precision = backend.resolve_precision(recipe.precision)
+    model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    compile_model(model, recipe, steps=len(batches))
+    seconds: list[float] = []
+    number = 0
+    while sum(seconds[STEPS_TO_WARM_UP:]) < SECONDS_TO_MEASURE:
+        began = time.perf_counter()
+        model.train_on_batch(*batches[number % len(batches)])
+        seconds.append(time.perf_counter() - began)
+        number += 1
+    return statistics.median(seconds[STEPS_TO_WARM_UP:])
 
 
 class Recorder(keras.callbacks.Callback):

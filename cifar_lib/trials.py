@@ -148,6 +148,11 @@ def describe(dataset: str) -> dict[str, str]:
     return found | {f"data {name}": digest[:12] for name, digest in digests.items()}
 
 
+def look(dataset: str, cores: int | None) -> tuple[dict[str, str], str, int]:
+    """What a driver asks of a worker: `describe`, the machine's name and its number of `slots`."""
+    return describe(dataset), socket.gethostname(), len(slots(cores))
+
+
 def differences(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
     """What is not as expected, in words; empty if all is."""
     return "; ".join(
@@ -167,6 +172,11 @@ def stop(study: str, number: int) -> None:
     run = scratch(study, number) / "run"
     if run.is_dir():
         (run / "stop").touch()
+
+
+def clear(study: str) -> None:
+    """Remove what a study's trials have left on this machine."""
+    shutil.rmtree(scratch(study, 0).parent, ignore_errors=True)
 
 
 def run(order: Order) -> Outcome:

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
-from cifar_lib import ROOT, data, recipes, reports, runs
+from cifar_lib import ROOT, calibration, data, recipes, reports, runs, studies
 
 NOTEBOOKS = ROOT / "notebooks"
 DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.5597}
@@ -18,7 +19,14 @@ DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.55
 #: The runs whose results the repository holds, by the name that its pages give them.
 REFERENCE = {"seed recipe (provisional), 14 of 139 epochs": recipes.get("seed", epochs=14)}
 
+#: The studies whose results the repository holds, in the order in which they follow each other.
+STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")
+
+#: The recipe whose range of learning rates is tested beside them.
+RANGE_TEST = recipes.get("seed", train_size=10_000, validation_size=1_000)
+
 RUN_FILES = ("recipe.json", "history.csv", "metrics.json", "environment.json")
+STUDY_FILES = ("study.json", "trials.csv", "histories.csv", "journal.log")
 
 
 def train(recipe: recipes.Recipe, runs_dir: Path, output_dir: Path) -> runs.Run:
@@ -54,9 +62,11 @@ def report(
     executed_dir: Path,
     output_dir: Path,
     tables_dir: Path,
+    studies_dir: Path | None = None,
+    range_test: Path | None = None,
     readme: bool = False,
 ) -> Path:
-    """Run the notebooks on finished runs and make pages of them.
+    """Run the notebooks on finished runs, and on studies, and make pages of them.
 
     Args:
         shown: the runs, all of one data set.
@@ -66,6 +76,8 @@ def report(
         executed_dir: where the executed notebooks go.
         output_dir: where pictures go.
         tables_dir: where the numbers behind the pictures go.
+        studies_dir: the folder of the studies' folders; those on the same data set are shown.
+        range_test: the table of a range test, shown with them.
         readme: also write the index as `README.md`.
 
     Returns:
@@ -97,6 +109,14 @@ def report(
         "05_results": of_runs | {"runs": [run.name for run in shown]},
         "06_predictions": of_runs | {"run": shown[-1].name},
     }
+    names = [] if studies_dir is None else _studies_on(dataset.title, studies_dir)
+    if names:
+        plan["07_calibration"] = places | {
+            "studies": names,
+            "studies_dir": str(studies_dir),
+            "range_test": str(range_test or ""),
+            "links_from": str(out),
+        }
     executed, failures = [], []
     for name, parameters in plan.items():
         path = executed_dir / f"{name}.ipynb"
@@ -121,6 +141,49 @@ def report(
     if failures:
         raise reports.NotebookError("\n".join([*failures, f"The report is {index}"]))
     return index
+
+
+def _studies_on(dataset_title: str, studies_dir: Path) -> list[str]:
+    """The names of the studies that have begun on a data set, in the order in which they did."""
+    if not any(studies_dir.glob("*/trials.csv")):
+        return []
+    return [
+        results.name
+        for results in calibration.find(studies_dir)
+        if results.dataset_title == dataset_title
+    ]
+
+
+def range_test(recipe: recipes.Recipe, runs_dir: Path, **choices: float) -> tuple[Path, float]:
+    """Do a range test, and write its table and its picture to `<runs_dir>/range_tests/`.
+
+    Args:
+        recipe: every choice but the learning rate.
+        runs_dir: the folder of the run folders.
+        choices: `lowest`, `highest` and `steps`, as in `training.range_test`.
+
+    Returns:
+        the path of the table, beside which the picture lies, and the suggested learning rate.
+
+    Raises:
+        TrainingError: the loss never fell, so none is suggested; table and picture are there.
+        DataError: the data set is not there or is not what it should be.
+    """
+    from cifar_lib import figures, training
+
+    dataset = data.load(recipe.dataset)
+    table = training.range_test(recipe, dataset=dataset, **choices)
+    path = runs_dir / "range_tests" / f"{recipe.run_name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(path, table.to_csv(index=False).encode())
+    suggestion = None
+    try:
+        suggestion = training.suggested_rate(table)
+    finally:
+        # Where there is no suggestion, the picture says why.
+        title = f"{recipe.name}: learning-rate range test, {dataset.title}"
+        figures.range_test(table, suggestion, title).savefig(path.with_suffix(".png"))
+    return path, suggestion
 
 
 def headline(shown: Sequence[runs.Run]) -> pd.DataFrame:
@@ -172,8 +235,10 @@ def demo(runs_dir: Path) -> Path:
 def reference(runs_dir: Path) -> Path:
     """Make `results/`, `figures/`, `reports/` and the README's tables; return the report's index.
 
-    Finished runs in `runs_dir` are not trained again. Needs the real CIFAR-100.
+    Finished runs and trials in `runs_dir` are not trained again. Needs the real CIFAR-100.
     """
+    from cifar_lib import sweeps
+
     shown = [train(recipe, runs_dir, ROOT / "figures") for recipe in REFERENCE.values()]
     results = ROOT / "results"
     for run in shown:
@@ -181,6 +246,17 @@ def reference(runs_dir: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             shutil.copyfile(run.path / name, folder / name)
+    for name in STUDIES:
+        study = studies.load(ROOT / "studies" / f"{name}.yaml")
+        done = sweeps.run(study, runs_dir / "studies")
+        folder = results / "studies" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in STUDY_FILES:
+            shutil.copyfile(done / file, folder / file)
+    table = runs_dir / "range_tests" / f"{RANGE_TEST.run_name}.csv"
+    if not table.exists():
+        range_test(RANGE_TEST, runs_dir)
+    shutil.copyfile(table, results / "range_test.csv")
     tables = readme_tables(results)
     readme = ROOT / "README.md"
     runs.write_atomically(readme, with_tables(readme.read_text("utf-8"), tables).encode())
@@ -193,6 +269,8 @@ def reference(runs_dir: Path) -> Path:
         executed_dir=runs_dir / "executed",
         output_dir=ROOT / "figures",
         tables_dir=results,
+        studies_dir=results / "studies",
+        range_test=results / "range_test.csv",
         readme=True,
     )
 
@@ -203,7 +281,7 @@ def readme_tables(results: Path) -> dict[str, str]:
         {
             "network": DECK["run"],
             "epochs": DECK["epochs"],
-            "accuracy": f"{DECK['accuracy']:.2%}".replace("%", " %"),
+            "accuracy": _percent(DECK["accuracy"]),
             "loss": f"{DECK['loss']:.4f}",
         }
     ]
@@ -216,16 +294,20 @@ def readme_tables(results: Path) -> dict[str, str]:
             {
                 "network": name,
                 "epochs": metrics["epochs_run"],
-                "accuracy": f"{test['accuracy']:.2%} ({test['accuracy_low']:.2%} to "
-                f"{test['accuracy_high']:.2%})".replace("%", " %"),
+                "accuracy": f"{_percent(test['accuracy'])} ({_percent(test['accuracy_low'])} to "
+                f"{_percent(test['accuracy_high'])})",
                 "loss": f"{test['loss']:.4f}",
-                "top-5": f"{test['top5_accuracy']:.2%}".replace("%", " %"),
+                "top-5": _percent(test["top5_accuracy"]),
                 "training": f"{metrics['train_seconds'] / 60:.0f} minutes on "
                 f"{environment['threads']} cores in {environment['precision']}",
             }
         )
     tables = {"results": pd.DataFrame(rows).fillna("")}
 
+    tables["calibration"] = pd.DataFrame(
+        _calibration_row(calibration.read(results / "studies" / name)) for name in STUDIES
+    )
+    tables["sweep cost"] = _sweep_costs(results / "benchmarks" / "sweeps.json")
     speed = json.loads((results / "benchmarks" / "throughput.json").read_text("utf-8"))
     tables["training speed"] = pd.DataFrame(
         {
@@ -252,6 +334,49 @@ def readme_tables(results: Path) -> dict[str, str]:
         for name, row in loading["seconds"].items()
     )
     return {name: reports.markdown_table(table) for name, table in tables.items()}
+
+
+def _calibration_row(found: calibration.Results) -> dict[str, object]:
+    """What a study found, in a row of the README."""
+    first, *others = calibration.points(found).to_dict("records")
+    images, epochs = found.trials["train_images"].max(), found.trials["epochs"].max()
+    row = {
+        "study": found.name,
+        "trials": ", ".join(f"{count} {state}" for state, count in found.counts.items()),
+        "images, epochs": f"{images:,.0f}, {epochs:.0f}",
+        "best": calibration.describe(calibration.best_point(found)),
+        "validation accuracy": _percent(first["val_accuracy"]),
+        "seeds": int(first["seeds"]),
+    }
+    if set(found.varied) <= {"epochs"}:
+        best = calibration.best_epoch(found)
+        row["best"] = f"epoch {best.best}; epoch {best.enough} is within a standard error"
+        row["validation accuracy"] = _percent(best.accuracy)
+    if others:
+        second = {name: others[0][name] for name in found.parameters}
+        row["second"] = f"{calibration.describe(second)}: {_percent(others[0]['val_accuracy'])}"
+    return row
+
+
+def _sweep_costs(path: Path) -> pd.DataFrame:
+    cost = json.loads(path.read_text("utf-8"))
+    notebook, empty, waiting = cost["notebook"], cost["empty"], cost["waiting"]
+    return pd.DataFrame(
+        {
+            "a trial of the notebook, papermill alone": f"{median(notebook['papermill']):.2f} s",
+            "the same in a sweep": f"{median(notebook['sweep']):.2f} s",
+            f"each of {empty['trials']:,} trials that do nothing": (
+                f"{empty['milliseconds_a_trial']:.1f} ms"
+            ),
+            f"share of {waiting['threads']} threads' time that trials had, "
+            f"{waiting['seconds_a_trial']:.0f} s each": _percent(waiting["efficiency"]),
+        }.items(),
+        columns=["what", "cost"],
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}".replace("%", " %")
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:

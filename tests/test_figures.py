@@ -270,6 +270,191 @@ def test_network_diagram_draws_and_adds_up_every_layer():
         figures.network_diagram(summary[:0], (32, 32, 3), "A network, CIFAR-100")
 
 
+def trials(**columns):
+    """A table of trials, complete unless said otherwise."""
+    table = pd.DataFrame(columns)
+    usual = {"trial": range(len(table)), "state": "complete", "val_loss": 2.0}
+    return table.assign(**{name: value for name, value in usual.items() if name not in table})
+
+
+def xs(axes, marker):
+    return [x for line in axes.get_lines() if line.get_marker() == marker for x in line.get_xdata()]
+
+
+def test_a_calibration_curve_shows_every_seed_the_mean_and_the_optimum():
+    rates = [1e-4, 1e-3, 1e-2, 1e-3, 3e-3]
+    table = trials(learning_rate=rates, val_accuracy=[0.2, 0.3, 0.01, 0.34, 0.5])
+    table.loc[4, "state"] = "pruned"
+    table.loc[2, "val_loss"] = 1e6
+    figure = figures.calibration_curve(table, "learning_rate", "Rates, CIFAR-100")
+    accuracy, loss = figure.axes
+    assert accuracy.get_xscale() == "log"
+    means = next(line for line in accuracy.get_lines() if line.get_label() == "mean")
+    np.testing.assert_allclose(means.get_xydata(), [[1e-4, 0.2], [1e-3, 0.32], [1e-2, 0.01]])
+    assert sorted(xs(accuracy, "o")) == sorted(rates)
+    # The pruned trial is not the best, though its last value is.
+    assert xs(accuracy, "*") == [1e-3]
+    hollow = [line for line in accuracy.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[3e-3]]
+    # A loss that diverged does not press the others into a line.
+    assert xs(loss, "^") == [1e-2]
+    assert loss.get_ylim()[1] < 11
+    found = texts(figure)
+    assert "32.00% at learning rate 0.001" in found
+    assert {"Rates, CIFAR-100", "learning rate", "validation accuracy"} <= set(found)
+    assert {"one trial", "pruned, at its last epoch", "loss above 10"} <= set(found)
+    assert_text_is_inside(figure)
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "scale", "base"),
+    [
+        ([16, 32, 64], False, "log", 2),
+        ([1e-4, 2e-4], True, "log", 10),
+        ([1e-4, 2e-4], False, "linear", None),
+        ([0.0, 10.0, 20.0], True, "linear", None),
+        ([5, 60], False, "log", 10),
+    ],
+)
+def test_a_calibration_curve_chooses_its_scale(values, log, scale, base):
+    table = trials(batch_size=values, val_accuracy=0.1)
+    figure = figures.calibration_curve(table, "batch_size", "CIFAR-100", log=log)
+    axis = figure.axes[-1].xaxis
+    assert axis.get_scale() == scale
+    assert getattr(axis.get_transform(), "base", None) == base
+    assert {f"{value:.3g}" for value in values} <= set(texts(figure))
+
+
+def test_a_calibration_curve_of_batch_sizes_shows_time():
+    table = trials(batch_size=[32, 64], val_accuracy=[0.3, 0.2], epoch_seconds=[50.0, 40.0])
+    figure = figures.calibration_curve(
+        table, "batch_size", "CIFAR-100", metrics=("val_accuracy", "epoch_seconds")
+    )
+    assert "50 s at batch size 32" in texts(figure)
+    assert "training seconds an epoch" in texts(figure)
+
+
+def test_a_calibration_curve_of_text_has_no_line():
+    table = trials(optimizer=["sgd", "adam", "sgd"], val_accuracy=[0.3, 0.2, 0.4])
+    figure = figures.calibration_curve(table, "optimizer", "CIFAR-100")
+    means = next(line for line in figure.axes[0].get_lines() if line.get_label() == "mean")
+    assert means.get_linestyle() == "None"
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["adam", "sgd"]
+    assert "35.00% at optimizer sgd" in texts(figure)
+
+
+def test_an_epochs_curve_marks_epochs_and_shades_the_gap():
+    table = pd.concat([history(9).assign(trial=n) for n in (0, 1)])
+    marks = {"best epoch": 6, "first within one standard error": 5}
+    figure = figures.epochs_curve(table, marks, "Epochs, CIFAR-100")
+    (axes,) = figure.axes
+    assert (xs(axes, "*"), xs(axes, "D")) == ([6], [5])
+    assert {"best epoch, 6: 50.00%", "training, mean of 2 seeds"} <= set(texts(figure))
+    accuracies = table["accuracy"]
+    (gap,) = axes.collections
+    height = gap.get_paths()[0].get_extents().height
+    assert height == pytest.approx(max(accuracies.max(), 0.5) - min(accuracies.min(), 0.495))
+    assert xs(figures.epochs_curve(history(1).assign(trial=0), {"best epoch": 1}, "").axes[0], "o")
+
+
+def test_a_search_history_shows_the_best_so_far():
+    table = trials(val_accuracy=[0.2, 0.5, 0.1, np.nan, 0.3, 0.25, np.nan])
+    table["state"] = ["complete", "pruned", "complete", "failed", "complete", "complete", "waiting"]
+    figure = figures.search_history(table, "Search, CIFAR-100")
+    (axes,) = figure.axes
+    best = next(line for line in axes.get_lines() if line.get_label() == "best so far")
+    assert list(best.get_ydata()) == [0.2, 0.2, 0.2, 0.2, 0.3, 0.3]
+    assert (xs(axes, "*"), xs(axes, "x")) == ([4], [3])
+    assert {"best, trial 4: 30.00%", "pruned, at its last epoch", "failed"} <= set(texts(figure))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert 0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_learning_curves_tell_the_pruned_and_colour_by_value():
+    table = trials(learning_rate=[1e-4, 1e-2, 1e-4, 1e-3], val_accuracy=0.1)
+    table["state"] = ["complete", "pruned", "complete", "running"]
+    lengths = enumerate((4, 2, 4, 1))
+    histories = pd.concat([history(length).assign(trial=n) for n, length in lengths])
+    figure = figures.learning_curves(histories, table, "CIFAR-100", parameter="learning_rate")
+    (axes,) = figure.axes
+    drawn = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
+    curves = {(line.get_linestyle(), line.get_color()) for line in drawn if len(line.get_xdata())}
+    assert {style for style, _ in curves} >= {"-", "--", ":"}
+    assert len({color for _, color in curves}) == 3
+    assert xs(axes, "x") == [2]
+    assert {"learning rate", "0.0001", "0.01", "pruned", "not ended, or failed"} <= set(
+        texts(figure)
+    )
+    plain = figures.learning_curves(histories, table, "CIFAR-100")
+    assert "learning rate" not in texts(plain)
+
+
+def test_learning_curves_of_many_values_have_a_colour_bar():
+    table = trials(learning_rate=np.geomspace(1e-4, 1e-2, 9), val_accuracy=0.1)
+    histories = pd.concat([history(3).assign(trial=n) for n in range(9)])
+    figure = figures.learning_curves(histories, table, "CIFAR-100", parameter="learning_rate")
+    _, bar = figure.axes
+    assert bar.get_yscale() == "log"
+    assert bar.get_ylabel() == "learning rate"
+
+
+def test_parallel_coordinates_respect_scales_and_states():
+    table = trials(
+        learning_rate=[1e-4, 1e-3, 1e-2, 1e-3],
+        optimizer=["adam", "sgd", "adam", "sgd"],
+        val_accuracy=[0.1, 0.3, 0.2, 0.15],
+    )
+    table.loc[3, "state"] = "pruned"
+    figure = figures.parallel_coordinates(
+        table, ["learning_rate", "optimizer"], "Search, CIFAR-100"
+    )
+    axes, bar = figure.axes
+    drawn = {line.get_ydata()[-1]: line for line in axes.get_lines() if len(line.get_xdata()) == 3}
+    # From the least accuracy to the highest; rates a decade apart are as far from each other.
+    assert sorted(drawn) == pytest.approx([0, 0.25, 0.5, 1])
+    starts = [drawn[height].get_ydata()[0] for height in sorted(drawn)]
+    assert starts == pytest.approx([0, 0.5, 1, 0.5], abs=0.05)
+    assert [drawn[height].get_linestyle() for height in sorted(drawn)] == ["-", "--", "-", "-"]
+    # Where a line meets the colour bar, it has its colour.
+    assert drawn[1].get_color() == figures.COLORS(1.0)
+    assert bar.get_ylabel() == "validation accuracy"
+    assert {"0.0001", "0.01", "adam", "sgd", "optimizer"} <= set(texts(figure))
+    assert_text_is_inside(figure)
+
+
+def test_parallel_coordinates_of_one_trial_are_drawn():
+    table = trials(learning_rate=[1e-3], optimizer=["adam"], val_accuracy=[0.1])
+    figure = figures.parallel_coordinates(table, ["learning_rate", "optimizer"], "CIFAR-100")
+    assert {"0.001", "adam"} <= set(texts(figure))
+    rendered(figure)
+
+
+def test_importances_are_sorted_and_named():
+    shares = pd.Series({"batch_size": 0.3, "learning_rate": 0.7})
+    figure = figures.importances(shares, "CIFAR-100")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.3, 0.7]
+    named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert named == ["batch size", "learning rate"]
+    assert "70%" in texts(figure)
+
+
+def test_figures_of_a_study_refuse_nothing():
+    table = trials(learning_rate=[1e-3], val_accuracy=[0.1], state=["pruned"])
+    for draw in (
+        lambda: figures.calibration_curve(table, "learning_rate", "t"),
+        lambda: figures.search_history(table, "t"),
+        lambda: figures.parallel_coordinates(table, ["learning_rate"], "t"),
+    ):
+        with pytest.raises(ValueError, match="no trial is complete"):
+            draw()
+    empty = pd.DataFrame({"trial": [], "epoch": [], "accuracy": [], "val_accuracy": []})
+    with pytest.raises(ValueError, match="no epoch"):
+        figures.epochs_curve(empty, {"best epoch": 1}, "t")
+    with pytest.raises(ValueError, match="no epoch"):
+        figures.learning_curves(empty, table, "t")
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [

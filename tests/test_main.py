@@ -51,7 +51,7 @@ def test_help_teaches_by_examples_that_work():
     shown = help_of()
     assert EXAMPLES in shown
     examples = re.findall(r"^  python -m cifar_lib (.+?)(?:   .*)?$", EXAMPLES, re.M)
-    commands = re.findall(r"^    ([\w-]+) ", shown, re.M)
+    commands = re.findall(r"^    ([\w-]+)", shown, re.M)
     assert len(examples) >= 6
     for example in examples:
         options = _parser().parse_args(example.split())
