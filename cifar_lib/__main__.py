@@ -55,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(error: Exception) -> int | None:
     if isinstance(error, recipes.RecipeError):
         return 2
-    from cifar_lib import data, reports, runs
+    from cifar_lib import data, runs
 
     if isinstance(error, data.DataError):
         return 3
-    expected = (runs.RunError, reports.NotebookError, reports.ReportError, OSError)
-    return 1 if isinstance(error, expected) else None
+    if isinstance(error, runs.RunError | OSError):
+        return 1
+    from cifar_lib import reports
+
+    return 1 if isinstance(error, reports.NotebookError | reports.ReportError) else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -294,13 +297,11 @@ def _predict(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from cifar_lib import runs, workflows
 
-    tested = [
-        run for run in runs.find(options.runs_dir) if run.finished and run.recipe.test_size != 0
-    ]
+    tested = [run for run in runs.find(options.runs_dir) if run.finished and run.tested]
     names = options.runs or [
         run.name for run in tested if run.recipe.dataset == tested[-1].recipe.dataset
     ]
-    chosen = runs.finished(options.runs_dir, names)
+    chosen = runs.finished(options.runs_dir, names, tested=True)
     index = workflows.report(
         chosen,
         (options.out or options.runs_dir / "report").absolute(),
@@ -324,7 +325,7 @@ def _runs(options: argparse.Namespace) -> None:
     for run in found:
         history = run.path / "history.csv"
         epochs = f"{len(run.history) if history.exists() else 0}/{run.recipe.epochs}"
-        tested = run.finished and "test" in run.metrics
+        tested = run.finished and run.tested
         accuracy = f"{run.metrics['test']['accuracy']:.2%}" if tested else ""
         print(
             f"{run.name:<{width}}  {run.state:<12} {epochs:<10} {run.recipe.dataset:<10} {accuracy}"

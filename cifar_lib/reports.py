@@ -31,7 +31,7 @@ STYLE = Path(__file__).with_suffix(".css")
 # The list of what the last rendering wrote, so that the next one deletes nothing else.
 MANIFEST = ".files.json"
 # Pictures of the index, in pixels; the pages show the full ones.
-PICTURE_SIZE = (1200, 800)
+PICTURE_SIZE = (800, 600)
 # Documents of Sphinx itself, which no page may be named after.
 RESERVED = {"index", "search", "genindex"}
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -85,6 +85,19 @@ class Run:
         return Recipe.from_json(self._text("recipe.json"))
 
     @property
+    def tested(self) -> bool:
+        """Whether its recipe has test images."""
+        return self.recipe.test_size != 0
+
+    def require_test(self) -> None:
+        """Raise RunError if the run has no test results."""
+        if not self.tested:
+            raise RunError(
+                f"{self.name} was not tested: its test_size is 0, and this is about the test "
+                "images. Leave it out, or train its recipe with another test_size."
+            )
+
+    @property
     def history(self) -> pd.DataFrame:
         """One row an epoch.
 
@@ -151,23 +164,32 @@ def find(runs_dir: Path | str) -> list[Run]:
     return [Run(path.parent) for path in sorted(recipes, key=lambda path: path.stat().st_mtime)]
 
 
-def finished(runs_dir: Path | str, names: Sequence[str] = ()) -> list[Run]:
+def finished(runs_dir: Path | str, names: Sequence[str] = (), *, tested: bool = False) -> list[Run]:
     """The named runs, or without names the newest finished one.
 
+    Args:
+        runs_dir: the folder of the run folders.
+        names: of the runs.
+        tested: only runs that were tested on test images will do.
+
     Raises:
-        RunError: there is none, or a named one is missing or not finished.
+        RunError: there is none, or a named one is missing, not finished, or not tested.
     """
     if not names:
-        newest = [run for run in find(runs_dir) if run.finished][-1:]
+        found = [run for run in find(runs_dir) if run.finished]
+        newest = [run for run in found if run.tested or not tested][-1:]
         if not newest:
+            wanted = "finished and tested" if tested else "finished"
             raise RunError(
-                f"There is no finished run in {runs_dir}. Make one: python -m cifar_lib train quick"
+                f"There is no {wanted} run in {runs_dir}. Make one: python -m cifar_lib train quick"
             )
         return newest
     named = [load(Path(runs_dir) / name) for name in names]
     for run in named:
         if not run.finished:
             raise RunError(f"{run.path} is {run.state}, not finished. Run its recipe again.")
+        if tested:
+            run.require_test()
     return named
 
 

@@ -55,9 +55,11 @@ WORKERS_LOST = 3
 SECONDS_TO_CONNECT = 10
 SECONDS_FOR_WORKERS = 30
 SECONDS_BETWEEN_TABLES = 2.0
-SECONDS_BETWEEN_CHECKS = 2.0
+SECONDS_BETWEEN_KEEPING = 30.0
+SECONDS_BETWEEN_CHECKS = 1.0
 #: A scheduler that says nothing for so long is gone.
 SECONDS_OF_SILENCE = 6.0
+SECONDS_TO_CLOSE = 1.0
 SECONDS_TO_FETCH = 60.0
 TRIAL_FOLDER = "{:04d}"
 STATES = {
@@ -349,6 +351,8 @@ class _Journal(JournalFileBackend):
 def _cluster(study: Study, scheduler: str | None) -> Iterator[Client]:
     """A client of the scheduler at an address, or of a cluster on this machine."""
     if scheduler is not None:
+        # What is wrong with the connection is said once, by this module.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
             client = Client(scheduler, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -356,8 +360,13 @@ def _cluster(study: Study, scheduler: str | None) -> Iterator[Client]:
                 f"No Dask scheduler answers at {scheduler}: {error}. Start one with `dask "
                 "scheduler`, and workers with `dask worker ADDRESS --nthreads 1`."
             ) from error
-        with client:
+        try:
             yield client
+        finally:
+            # A scheduler that is stopped would be waited for.
+            closing = threading.Thread(target=_close, args=(client,), daemon=True)
+            closing.start()
+            closing.join(SECONDS_TO_CLOSE)
         return
     # One thread each: a thread does nothing but wait for its trial.
     cluster = LocalCluster(
@@ -369,7 +378,13 @@ def _cluster(study: Study, scheduler: str | None) -> Iterator[Client]:
         silence_logs=logging.CRITICAL,
     )
     with cluster, Client(cluster, set_as_default=False) as client:
+        client.register_worker_callbacks(trials.leave_ctrl_c)
         yield client
+
+
+def _close(client: Client) -> None:
+    with contextlib.suppress(OSError, RuntimeError, AssertionError):  # the scheduler is gone
+        client.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,7 +462,8 @@ class _Driver:
         self.workers: dict[str, _Worker] = {}
         self.records: dict[int, dict[str, Any]] = {}
         self.histories: dict[int, list[dict[str, float]]] = {}
-        self.began = time.monotonic()
+        self.placed = self.lost = False
+        self.began = self.time_kept = time.monotonic()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self.optuna = self._open_record()
@@ -474,7 +490,8 @@ class _Driver:
             self.client.run(trials.clear, self.identifier)
         finally:
             ended.set()
-            if self.client.status == "running":
+            # A scheduler that does not answer would be waited for.
+            if self.client.status == "running" and not self.lost:
                 self.client.cancel([running.future for running in self.running.values()])
             self._write_tables()
 
@@ -551,12 +568,15 @@ class _Driver:
         saved = -math.inf
         while True:
             if time.monotonic() - saved > SECONDS_BETWEEN_TABLES:
-                self._keep_time()
                 self._write_tables()
+                if time.monotonic() - self.time_kept > SECONDS_BETWEEN_KEEPING:
+                    self._keep_time()
                 saved = time.monotonic()
             self._fill()
             self.board.show(self._lines(), self._summary())
             if not self.running:
+                if self.placed:  # the record of a finished study stays as it is
+                    self._keep_time()
                 return
             try:
                 kind, content = self.events.get(timeout=SECONDS_BETWEEN_TABLES)
@@ -572,6 +592,7 @@ class _Driver:
                 self._take_result(content)
 
     def _gone(self, why: object) -> SweepError:
+        self.lost = True
         return SweepError(
             f"The scheduler at {self.client.scheduler.address} is gone ({why}). "
             f"{len(self.records)} trials are finished and kept in {self.folder}. Start the "
@@ -584,8 +605,10 @@ class _Driver:
             try:
                 workers = self._look_at_workers()
             except Exception as error:
+                silent = f"no answer for {SECONDS_OF_SILENCE:g} s"
+                why = str(error) or (silent if isinstance(error, TimeoutError) else repr(error))
                 if not ended.is_set():
-                    self.events.put(("gone", f"{type(error).__name__}: {error}"))
+                    self.events.put(("gone", why))
                 return
             if workers != self.workers:
                 self.events.put(("workers", workers))
@@ -736,6 +759,7 @@ class _Driver:
             workers=good if len(good) < len(self.workers) else None,
         )
         self.running[number] = running
+        self.placed = True
         running.future.add_done_callback(lambda _: self.events.put(("result", number)))
 
     # What comes back.
@@ -868,8 +892,8 @@ class _Driver:
         return self.minutes_before + (time.monotonic() - self.began) / 60
 
     def _keep_time(self) -> None:
-        if self.study.minutes:
-            self.optuna.set_user_attr("minutes", self._minutes())
+        self.time_kept = time.monotonic()
+        self.optuna.set_user_attr("minutes", round(self._minutes(), 3))
 
     def _name(self, running: _Running) -> str:
         point = " ".join(f"{name}={value}" for name, value in running.point.items())

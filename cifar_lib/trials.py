@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,11 @@ def describe(dataset: str) -> dict[str, str]:
 def look(dataset: str, cores: int | None) -> tuple[dict[str, str], str, int]:
     """What a driver asks of a worker: `describe`, the machine's name and its number of `slots`."""
     return describe(dataset), socket.gethostname(), len(slots(cores))
+
+
+def leave_ctrl_c() -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the driver, which ends the rest."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def differences(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
@@ -319,7 +325,7 @@ def _main(folder: Path) -> int:
     """The process of a trial: run the notebook as `trial.json` says."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     content = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-    if content["cores"]:
+    if content["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, content["cores"])
     from cifar_lib import reports
 

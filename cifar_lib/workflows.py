@@ -93,11 +93,7 @@ def report(
             f"The runs are of several data sets ({', '.join(sorted(names))}): name runs of one."
         )
     for run in shown:
-        if run.recipe.test_size == 0:
-            raise runs.RunError(
-                f"{run.name} was not tested: its test_size is 0, and a report is about the test "
-                "images. Leave it out, or train its recipe with another test_size."
-            )
+        run.require_test()
     dataset = data.load(names.pop())
     places = {"output_dir": str(output_dir)}
     of_data = places | {"dataset": dataset.name}

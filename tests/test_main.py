@@ -200,3 +200,42 @@ def test_evaluate_without_validation_images_ends_with_code_2(synthetic, tmp_path
         runs.write_json(run.path / "metrics.json", {})
     assert main(["evaluate", "--split", "validation", "--runs-dir", str(tmp_path)]) == 2
     assert "its protocol is 'final'" in capsys.readouterr().err
+
+
+STUDY = """\
+recipe: seed
+choices: {dataset: synthetic, augmentation: none, train_size: 100, validation_size: 100, epochs: 3}
+parameters:
+  batch_size: [10, 50]
+repeat_best: {points: 1, seeds: 3}
+"""
+
+
+def test_a_dry_run_lists_the_trials_and_estimates_their_time(synthetic, tmp_path, capsys):
+    study = tmp_path / "small.yaml"
+    study.write_text(STUDY, encoding="utf-8")
+    assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    first, *trials, last = capsys.readouterr().out.splitlines()
+    assert first == "small: 4 trials of the recipe seed"
+    assert re.match(r" +0  batch size 10, seed 0: 30 steps of \d+ ms, \d+:\d\d$", trials[0])
+    assert re.match(r" +1  batch size 50, seed 0: 6 steps of \d+ ms, \d+:\d\d$", trials[1])
+    assert [trial.split()[0] for trial in trials] == ["0", "1", "repeat", "repeat"]
+    assert re.match(r"About \d+:\d\d on this machine, 1 at a time", last)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (
+            "recipe: seed\nparameters: {learning_rte: [1]}\n",
+            "line 2: .*Did you mean 'learning_rate'",
+        ),
+        ("recipe: seed\n", "the field parameters is missing"),
+    ],
+)
+def test_a_study_that_cannot_be_ends_with_code_2(written, told, tmp_path, capsys):
+    study = tmp_path / "bad.yaml"
+    study.write_text(written, encoding="utf-8")
+    assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out")]) == 2
+    assert re.search(told, capsys.readouterr().err)

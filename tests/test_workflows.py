@@ -1,4 +1,6 @@
+import json
 import re
+import shutil
 
 import nbformat
 import pandas as pd
@@ -22,13 +24,26 @@ def run(workplace, synthetic):
 
 
 @pytest.fixture(scope="module")
-def index(workplace, run):
+def studies_dir(workplace):
+    """A study of the reference results, as if it were on the stand-in, and another as it is."""
+    folder = workplace / "studies"
+    for name in ("learning_rate", "batch_size"):
+        shutil.copytree(ROOT / "results" / "studies" / name, folder / name)
+    path = folder / "learning_rate" / "study.json"
+    content = json.loads(path.read_text("utf-8")) | {"dataset_title": data.SYNTHETIC_TITLE}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(workplace, run, studies_dir):
     return workflows.report(
         [run],
         workplace / "report",
         executed_dir=workplace / "executed",
         output_dir=workplace / "figures",
         tables_dir=workplace / "tables",
+        studies_dir=studies_dir,
     )
 
 
@@ -49,6 +64,12 @@ def test_every_notebook_becomes_a_page_that_names_the_stand_in(index, run):
         page = index.with_name(f"{name}.html").read_text("utf-8")
         assert "synthetic stand-in, not CIFAR-100" in page, name
         assert "Traceback" not in page, name
+
+
+def test_studies_on_another_data_set_are_left_out(index):
+    page = index.with_name("07_calibration.html").read_text("utf-8")
+    assert "learning_rate" in page
+    assert "batch_size" not in page
 
 
 def test_pictures_are_legible_files_of_reasonable_size(index, workplace):
