@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import filelock
 import optuna
 import pandas as pd
 import psutil
@@ -196,33 +195,37 @@ def dry_run(study: Study, studies_dir: Path) -> None:
 
 
 class _Lease:
-    """The right to drive a study, renewed by a thread for as long as this process lives."""
+    """The right to drive a study, renewed by a thread for as long as this process lives.
+
+    The file is read once more right before it is replaced. A lock would be held for ever by a
+    process that is suspended while it renews, which is one that others must be able to relieve.
+    """
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.path, self.seconds = folder / "lease.json", seconds
-        self.lock = filelock.FileLock(folder / ".lease.lock")
         self.token = uuid.uuid4().hex
+        self.mine = folder / f".lease-{self.token}.json"
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self, take_over: bool) -> None:
-        with self.lock:
-            holder = self._read()
-            if holder and not _is_dead(holder):
-                left = holder["until"] - time.time()
-                who = f"process {holder['pid']} on {holder['host']}"
-                if left > 0:
-                    raise SweepError(
-                        f"{self.path.parent.name} is driven by {who}. Wait until it is done, or "
-                        f"stop it. Its lease runs out in {left:.0f} s unless it is renewed; then "
-                        "--take-over works."
-                    )
-                if not take_over:
-                    raise SweepError(
-                        f"{self.path.parent.name} was driven by {who}, which has not been heard of "
-                        f"for {self.seconds - left:.0f} s. If it is gone, add --take-over."
-                    )
-            self._write()
+        holder = self._read()
+        if holder and not _is_dead(holder):
+            left = holder["until"] - time.time()
+            who = f"process {holder['pid']} on {holder['host']}"
+            if left > 0:
+                raise SweepError(
+                    f"{self.path.parent.name} is driven by {who}. Wait until it is done, or stop "
+                    f"it. Its lease runs out in {left:.0f} s unless it is renewed; then "
+                    "--take-over works."
+                )
+            if not take_over:
+                raise SweepError(
+                    f"{self.path.parent.name} was driven by {who}, which has not been heard of "
+                    f"for {self.seconds - left:.0f} s. If it is gone, add --take-over."
+                )
+        self._write(instead_of=holder and holder["token"])
+        self.check()
         self.thread.start()
 
     def check(self) -> None:
@@ -238,21 +241,14 @@ class _Lease:
     def release(self) -> None:
         self.ended.set()
         self.thread.join()
-        with self.lock:
-            holder = self._read()
-            if holder and holder["token"] == self.token:
-                self.path.unlink()
+        holder = self._read()
+        if holder and holder["token"] == self.token:
+            self.path.unlink()
 
     def _renew(self) -> None:
         while not self.ended.wait(self.seconds / 3):
-            with self.lock:
-                holder = self._read()
-                if holder is None or holder["token"] != self.token:
-                    return
-                try:
-                    self._write()
-                except (OSError, runs.RunError):
-                    continue  # a full disk is for the driver to tell
+            with contextlib.suppress(OSError, runs.RunError):  # a full disk is the driver's to tell
+                self._write(instead_of=self.token)
 
     def _read(self) -> dict | None:
         try:
@@ -260,7 +256,8 @@ class _Lease:
         except FileNotFoundError:
             return None
 
-    def _write(self) -> None:
+    def _write(self, instead_of: str | None) -> None:
+        """Replace the lease, if it is still the one with this token."""
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -268,7 +265,12 @@ class _Lease:
             "until": time.time() + self.seconds,
             "token": self.token,
         }
-        runs.write_json(self.path, holder)
+        runs.write_json(self.mine, holder)
+        found = self._read()
+        if (found and found["token"]) == instead_of:
+            self.mine.replace(self.path)
+        else:
+            self.mine.unlink()
 
 
 def _is_dead(holder: Mapping[str, Any]) -> bool:
@@ -896,7 +898,7 @@ class _Driver:
         self.optuna.set_user_attr("minutes", round(self._minutes(), 3))
 
     def _name(self, running: _Running) -> str:
-        point = " ".join(f"{name}={value}" for name, value in running.point.items())
+        point = calibration.describe(running.point)
         return f"trial {running.trial.number} ({point}, seed {running.seed})"
 
     def _line(self, running: _Running) -> str:
@@ -925,7 +927,7 @@ class _Driver:
             default=None,
         )
         if best:
-            point = " ".join(f"{name}={best[name]}" for name in self.study.parameters)
+            point = calibration.describe({name: best[name] for name in self.study.parameters})
             parts.append(f"best val_accuracy {best['val_accuracy']:.4f} ({point})")
         return ", ".join([*parts, f"{_clock(self._minutes() * 60)} so far"])
 

@@ -17,7 +17,7 @@ NOTEBOOKS = ROOT / "notebooks"
 DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.5597}
 
 #: The runs whose results the repository holds, by the name that its pages give them.
-REFERENCE = {"seed recipe (provisional), 14 of 139 epochs": recipes.get("seed", epochs=14)}
+REFERENCE = {"seed-provisional, 14 of 139 epochs": recipes.get("seed-provisional", epochs=14)}
 
 #: The studies whose results the repository holds, in the order in which they follow each other.
 STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")

@@ -629,12 +629,12 @@ def test_all_trials_of_a_sweep_run_and_a_log_tells_how_far_they_are(scenarios):
         assert list(history["val_accuracy"]) == list(run.history["val_accuracy"])
     for number in range(3):
         lines = re.findall(
-            rf"trial {number} \(learning_rate=[\d.e-]+, seed 0\)  epoch (\d)/4  "
+            rf"trial {number} \(learning rate [\d.e-]+, seed 0\)  epoch (\d)/4  "
             r"val_accuracy 0\.\d{4}  \d+:\d\d left\n",
             text.partition("random: ")[0],
         )
         assert lines == ["1", "2", "3", "4"]
-    assert re.search(r"grid: 3 complete, best val_accuracy 0\.\d{4} \(learning_rate=", text)
+    assert re.search(r"grid: 3 complete, best val_accuracy 0\.\d{4} \(learning rate ", text)
     assert "\r" not in text and "\x1b" not in text
 
 

@@ -34,6 +34,7 @@ SMALL = {
     "validation_size": 50,
     "test_size": 50,
     "epochs": 3,
+    "learning_rate": 1e-4,
 }
 # Together: every augmentation, optimiser, schedule, precision and protocol, and early stopping.
 # All have dropout.
