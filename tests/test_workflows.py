@@ -68,8 +68,8 @@ def test_every_notebook_becomes_a_page_that_names_the_stand_in(index, run):
 
 def test_studies_on_another_data_set_are_left_out(index):
     page = index.with_name("07_calibration.html").read_text("utf-8")
-    assert "learning_rate" in page
-    assert "batch_size" not in page
+    assert "<strong>learning_rate</strong>" in page
+    assert "<strong>batch_size</strong>" not in page
 
 
 def test_pictures_are_legible_files_of_reasonable_size(index, workplace):
