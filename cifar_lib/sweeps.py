@@ -501,9 +501,12 @@ class _Driver:
 
     def _open_record(self) -> optuna.Study:
         storage = optuna.storages.JournalStorage(_Journal(self.folder / "journal.log", self.lease))
-        study = optuna.create_study(
-            storage=storage, study_name=self.study.name, direction="maximize", load_if_exists=True
-        )
+        name = self.study.name
+        # `load_if_exists` would add a line to the journal each time.
+        if name in optuna.get_all_study_names(storage):
+            study = optuna.load_study(storage=storage, study_name=name)
+        else:
+            study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
         if study.metric_names is None:
             study.set_metric_names(["val_accuracy"])
         # A sampler starts anew with its process, and must not draw the same points again.
@@ -944,7 +947,8 @@ class _Driver:
                 row |= {"epochs": running.epochs, "epochs_run": len(history)}
                 row |= {"worker": running.host, "attempts": running.attempts}
             rows.append(row)
-            histories += [{"trial": trial.number} | epoch for epoch in history]
+            number = {"trial": trial.number}
+            histories += [number | row | {"epoch": int(row["epoch"])} for row in history]
         columns = dict.fromkeys([*COLUMNS[:2], *self.study.parameters, *COLUMNS[2:]])
         table = pd.DataFrame(rows, columns=list(columns))
         for name in ("seed", "best_epoch", "epochs", "epochs_run", "train_images", "attempts"):
