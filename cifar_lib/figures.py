@@ -7,6 +7,7 @@ import io
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from PIL import Image
 
 from cifar_lib.evaluation import wilson_interval
 
@@ -1001,6 +1003,19 @@ def _number(value: Any) -> str:
 
 class _NotebookFigure(Figure):
     """A figure that a notebook shows as it is saved, without pyplot and its cropping."""
+
+    def savefig(self, fname: str | Path | io.BytesIO, **settings: object) -> None:
+        """Save; a PNG as small as can be, which for a chart means a palette of 256 colours."""
+        to_png = isinstance(fname, io.BytesIO) or Path(fname).suffix.lower() == ".png"
+        if settings or not to_png:
+            super().savefig(fname, **settings)
+            return
+        drawn = io.BytesIO()
+        super().savefig(drawn)
+        image = Image.open(drawn).convert("RGB")
+        if not any(axes.images for axes in self.axes):
+            image = image.quantize(256, dither=Image.Dither.NONE)
+        image.save(fname, "PNG", optimize=True, dpi=(DPI, DPI))
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
