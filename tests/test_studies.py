@@ -56,7 +56,7 @@ def test_the_shipped_studies_answer_the_questions_in_their_order():
         *(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     ]
     assert [point["batch_size"] for point in loaded["batch_size"].points()] == [16, 32, 64, 128]
-    assert [point["epochs"] for point in loaded["epochs"].points()] == [40]
+    assert [point["epochs"] for point in loaded["epochs"].points()] == [30]
     assert loaded["maximum_accuracy"].search == "tpe"
     assert loaded["maximum_accuracy"].points() == [loaded["maximum_accuracy"].start()]
 
