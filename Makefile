@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-setup: $(VENV)/.ready ## Make .venv and install everything in it (3.2 GB of disk)
+setup: $(VENV)/.ready ## Make .venv and install everything in it (3.4 GB of disk)
 
 demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
