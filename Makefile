@@ -23,7 +23,7 @@ setup: $(VENV)/.ready ## Make .venv and install everything in it (3.4 GB of disk
 demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
 
-test: $(VENV)/.ready-test ## Check the style and run the tests (5 to 9 minutes on 2 cores)
+test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)

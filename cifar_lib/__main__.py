@@ -249,8 +249,8 @@ def _range_test(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in ("lowest", "highest", "steps")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     path, suggestion = workflows.range_test(recipe, options.runs_dir, **chosen)
-    print(path, path.with_suffix(".png"), sep="\n")
     print(f"suggested learning rate  {suggestion:.3g}")
+    print(path, path.with_suffix(".png"), sep="\n")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -446,11 +446,12 @@ def test_commands_on_a_run_that_was_not_tested(untested, capsys):
     assert main(["evaluate", "--split", "validation", *place]) == 0
     assert accuracy in capsys.readouterr().out
 
-    for names in ([], [untested.name]):
-        assert main(["report", *names, *place]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith(f"RunError: {untested.name} was not tested: its test_size is 0")
-        assert "Leave it out" in error
+    assert main(["report", *place]) == 1
+    assert "There is no finished and tested run in" in capsys.readouterr().err
+    assert main(["report", untested.name, *place]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"RunError: {untested.name} was not tested: its test_size is 0")
+    assert "Leave it out" in error
 
 
 def test_another_data_set_than_the_recipes_is_refused(synthetic, tmp_path):
