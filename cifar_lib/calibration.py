@@ -26,14 +26,14 @@ from cifar_lib.runs import RunError
 STATES = ("complete", "pruned", "failed", "running", "waiting")
 TRIAL_COLUMNS = (
     *("trial", "state", "seed", "val_accuracy", "val_loss", "best_val_accuracy", "best_epoch"),
-    *("epochs", "epochs_run", "train_images", "train_seconds", "seconds", "worker", "started"),
-    *("ended", "attempts", "error", "notebook"),
+    *("epochs", "epochs_run", "train_images", "train_seconds", "seconds", "precision", "worker"),
+    *("started", "ended", "attempts", "error", "notebook"),
 )
 HISTORY_COLUMNS = (
     *("trial", "epoch", "accuracy", "loss", "val_accuracy", "val_loss", "learning_rate"),
     *("train_seconds", "validation_seconds"),
 )
-TEXT_COLUMNS = ("state", "worker", "started", "ended", "error", "notebook")
+TEXT_COLUMNS = ("state", "precision", "worker", "started", "ended", "error", "notebook")
 # What the protocol "holdout" trains on in a full run.
 FULL_TRAINING = recipes.TRAIN_IMAGES - recipes.Recipe().validation_size
 # Complete trials, and for each parameter, below which importances are noise.

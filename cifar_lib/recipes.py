@@ -179,6 +179,13 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     @property
+    def changes(self) -> dict[str, object]:
+        """What it has that the named recipe of its name has not, as a notebook's parameters."""
+        usual = json.loads(get(self.name).to_json())
+        own = json.loads(self.to_json())
+        return {field: value for field, value in own.items() if value != usual[field]}
+
+    @property
     def split_choices(self) -> dict[str, object]:
         """What `data.make_splits` takes beside the data set."""
         return {

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # The end of the name of a file that is being written.
 PARTIAL = ".partial"
+# What the system says when a disk, a quota or a limit is full.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunError(Exception):
@@ -246,11 +248,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             kept = "is as it was" if path.exists() else "was not written"
             raise RunError(
                 f"No space for {path} ({len(data):,} bytes): {error.strerror}. The file {kept}; "

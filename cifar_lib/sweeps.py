@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -334,7 +333,7 @@ class _Journal(JournalFileBackend):
             super().append_logs(logs)
         except OSError as error:
             self._drop_half_line()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in runs.NO_SPACE:
                 raise
             raise runs.RunError(
                 f"No space for {self.path}: {error.strerror}. What is finished is kept; free some "
@@ -737,16 +736,10 @@ class _Driver:
     def _submit(self, running: _Running) -> None:
         number = running.trial.number
         recipe = self.study.base().replace(**running.point, seed=running.seed)
-        usual = json.loads(recipes.get(self.study.recipe).to_json())
-        choices = {
-            field: value
-            for field, value in json.loads(recipe.to_json()).items()
-            if value != usual[field]
-        }
         order = trials.Order(
             study=self.identifier,
             number=number,
-            parameters={"recipe": self.study.recipe} | choices,
+            parameters={"recipe": self.study.recipe} | recipe.changes,
             cores=self.study.cores_per_trial,
             minutes=self.study.trial_minutes,
             expected=self.expected,
@@ -949,12 +942,16 @@ class _Driver:
             rows.append(row)
             number = {"trial": trial.number}
             histories += [number | row | {"epoch": int(row["epoch"])} for row in history]
-        columns = dict.fromkeys([*COLUMNS[:2], *self.study.parameters, *COLUMNS[2:]])
+        trial, state, *others = calibration.TRIAL_COLUMNS
+        columns = dict.fromkeys([trial, state, *self.study.parameters, *others])
         table = pd.DataFrame(rows, columns=list(columns))
         for name in ("seed", "best_epoch", "epochs", "epochs_run", "train_images", "attempts"):
             table[name] = table[name].astype("Int64")
         _write_csv(self.folder / "trials.csv", table)
-        _write_csv(self.folder / "histories.csv", pd.DataFrame(histories, columns=HISTORY))
+        _write_csv(
+            self.folder / "histories.csv",
+            pd.DataFrame(histories, columns=list(calibration.HISTORY_COLUMNS)),
+        )
 
     def _describe_environment(self) -> None:
         """Add to `study.json` what the trials ran on."""
@@ -964,40 +961,6 @@ class _Driver:
         if environments:
             content["environment"] = json.loads(environments[-1].read_text(encoding="utf-8"))
             runs.write_json(path, content)
-
-
-COLUMNS = (
-    "trial",
-    "state",
-    "seed",
-    "val_accuracy",
-    "val_loss",
-    "best_val_accuracy",
-    "best_epoch",
-    "epochs",
-    "epochs_run",
-    "train_images",
-    "train_seconds",
-    "seconds",
-    "precision",
-    "worker",
-    "started",
-    "ended",
-    "attempts",
-    "error",
-    "notebook",
-)
-HISTORY = (
-    "trial",
-    "epoch",
-    "accuracy",
-    "loss",
-    "val_accuracy",
-    "val_loss",
-    "learning_rate",
-    "train_seconds",
-    "validation_seconds",
-)
 
 
 def _suggest(trial: optuna.Trial, name: str, space: studies.Range | Values) -> Value:

@@ -38,18 +38,14 @@ def train(recipe: recipes.Recipe, runs_dir: Path, output_dir: Path) -> runs.Run:
     run = runs.Run(runs_dir / recipe.run_name)
     executed = run.path / "notebook.ipynb"
     if not (run.finished and executed.exists()):
-        usual = json.loads(recipes.get(recipe.name).to_json())
-        choices = {
-            field: value
-            for field, value in json.loads(recipe.to_json()).items()
-            if value != usual[field]
-        }
         parameters = {
             "recipe": recipe.name,
             "runs_dir": str(runs_dir),
             "output_dir": str(output_dir),
         }
-        reports.execute(NOTEBOOKS / "04_train.ipynb", executed, parameters | choices, echo=True)
+        reports.execute(
+            NOTEBOOKS / "04_train.ipynb", executed, parameters | recipe.changes, echo=True
+        )
     return run
 
 
