@@ -32,7 +32,7 @@ lab: $(VENV)/.ready ## Open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' \
 	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
 
-reference: $(VENV)/.ready ## Make results/, figures/ and reports/ again (four hours on 2 cores)
+reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ again (four hours on 2 cores)
 	$(RUN) benchmarks/data_loading.py --out results/benchmarks/data_loading.json
 	$(RUN) benchmarks/augmentation.py --out results/benchmarks/augmentation.json
 	$(RUN) benchmarks/throughput.py --out results/benchmarks/throughput.json

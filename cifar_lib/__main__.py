@@ -113,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         range_test.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=what)
     _add_recipe(range_test)
 
-    evaluate = add("evaluate", _evaluate, "test a run's network again")
-    _add_run(evaluate)
+    evaluate = add("evaluate", _evaluate, "test a run's network, or a published one, again")
+    _add_run(evaluate, "run", "the newest")
     evaluate.add_argument("--split", default="test", choices=("test", "validation"))
     evaluate.add_argument("--flip", action="store_true", help="average with the mirror images")
 
     predict = add("predict", _predict, "classify image files of any size and format")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    _add_run(predict, "--run")
+    _add_run(predict, "--run", "the best published network answers, else the newest run")
     predict.add_argument("--card", type=Path, metavar="PNG", help="draw the predictions there")
 
     report = add("report", _report, "make pages of runs, in a folder that opens from disk")
@@ -182,10 +182,18 @@ def _add_runs_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
+def _add_run(parser: argparse.ArgumentParser, name: str, default: str) -> None:
     nargs = {} if name.startswith("-") else {"nargs": "?"}
-    parser.add_argument(name, metavar="RUN", help="a run's name; by default the newest", **nargs)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(name, metavar="RUN", help=f"a run's name; by default {default}", **nargs)
+    chosen.add_argument("--weights", metavar="NAME", help="a published network's name")
     _add_runs_dir(parser)
+    parser.add_argument(
+        "--weights-dir",
+        type=lambda text: Path(text).absolute(),
+        default=ROOT / "weights",
+        help="the folder of the published networks",
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -209,6 +217,8 @@ def _option(hint: object) -> dict:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if tuple[str, ...] in kinds:
         return {"nargs": "+", "metavar": "CLASS"}
+    if tuple[int, ...] in kinds:
+        return {"nargs": "+", "type": int, "metavar": "PIXELS"}
     return {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
 
 
@@ -254,41 +264,52 @@ def _range_test(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from cifar_lib import data, evaluation, runs
+    from cifar_lib import data, evaluation, runs, weights
 
-    [run] = runs.finished(options.runs_dir, options.run and [options.run])
-    dataset = data.load(run.recipe.dataset)
-    split = getattr(data.make_splits(dataset, **run.recipe.split_choices), options.split)
+    if options.weights:
+        network = weights.load(options.weights, options.weights_dir)
+    else:
+        [network] = runs.finished(options.runs_dir, options.run and [options.run])
+    dataset = data.load(network.recipe.dataset)
+    split = getattr(data.make_splits(dataset, **network.recipe.split_choices), options.split)
     if split is None:
         raise recipes.RecipeError(
-            f"{run.name} has no validation images: its protocol is {run.recipe.protocol!r}. "
-            "Use --split test."
+            f"{network.name} has no validation images: its protocol is "
+            f"{network.recipe.protocol!r}. Use --split test."
         )
     if not len(split):
         raise recipes.RecipeError(
-            f"{run.name} has no test images: its test_size is 0. Use --split validation."
+            f"{network.name} has no test images: its test_size is 0. Use --split validation."
         )
-    probabilities = evaluation.predict(run.load_model(), split.images, flip=options.flip)
-    print(f"{run.name}, {options.split} images of {dataset.title}")
+    model = network.model if options.weights else network.load_model()
+    probabilities = evaluation.predict(model, split.images, flip=options.flip)
+    print(f"{network.name}, {options.split} images of {dataset.title}")
     _print_metrics(evaluation.evaluate(probabilities, split.fine_labels, dataset.superclass_of))
 
 
 def _predict(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from cifar_lib import data, evaluation, figures, runs
+    from cifar_lib import data, evaluation, figures, runs, weights
 
-    [run] = runs.finished(options.runs_dir, options.run and [options.run])
     images = np.stack([data.read_image(path) for path in options.images])
-    names = data.load(run.recipe.dataset).fine_names
-    probabilities = evaluation.predict(run.load_model(), images)
+    if options.weights or (not options.run and weights.index(options.weights_dir)):
+        network = weights.load(options.weights, options.weights_dir)
+        model, kind = network.model, "published network"
+    else:
+        [network] = runs.finished(options.runs_dir, options.run and [options.run])
+        model, kind = network.load_model(), "run"
+    # Without the data set itself: who has a network alone can use it.
+    names = data.class_names(network.recipe.dataset)
+    probabilities = evaluation.predict(model, images)
+    print(f"{kind} {network.name}")
     for path, row in zip(options.images, probabilities, strict=True):
         best = row.argsort()[::-1][:5]
         print(path, *(f"{names[i]} {row[i]:.1%}" for i in best), sep="\n  ")
     if options.card:
         labels = [path.name for path in options.images]
         cards = figures.prediction_cards(
-            images, [None] * len(images), probabilities, names, run.name, labels
+            images, [None] * len(images), probabilities, names, network.name, labels
         )
         cards.savefig(options.card)
         print(options.card)

@@ -6,6 +6,7 @@ Import Keras from here: TensorFlow writes to the screen when it is imported and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -44,9 +45,113 @@ def on_tensorflow() -> bool:
     return keras.backend.backend() == "tensorflow"
 
 
+@functools.cache
+def on_tensorflow_cpu() -> bool:
+    """Whether Keras computes with TensorFlow on a processor."""
+    return on_tensorflow() and device() == "CPU"
+
+
 def jit_compile() -> bool | str:
     """Give `Model.compile` its argument: XLA makes TensorFlow several times slower on a CPU."""
-    return False if on_tensorflow() and device() == "CPU" else "auto"
+    return False if on_tensorflow_cpu() else "auto"
+
+
+# The largest map, in pixels, at which oneDNN's gradient of the filters is slower than products of
+# matrices: benchmarks/operations.py.
+MOST_PIXELS_FOR_PRODUCTS = 64
+
+
+def convolution(inputs, kernel, padding: str):
+    """A convolution (N, H, W, I) * (height, width, I, O) on TensorFlow, without strides.
+
+    On small maps, oneDNN computes the gradient of the filters at a third of the speed of its
+    products of matrices, and computes that of the padding, too.
+    """
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def convolve(inputs, kernel):
+        outputs = tf.nn.conv2d(inputs, kernel, 1, padding.upper())
+
+        def gradient(upstream):
+            of_inputs = tf.nn.conv2d_transpose(
+                upstream, kernel, tf.shape(inputs), 1, padding.upper()
+            )
+            return of_inputs, _filter_gradient(inputs, kernel.shape, upstream, padding.upper())
+
+        return outputs, gradient
+
+    return convolve(inputs, kernel)
+
+
+def _filter_gradient(inputs, shape, upstream, padding: str):
+    import tensorflow as tf
+
+    _, height, width, _ = upstream.shape
+    if not height or not width or height * width > MOST_PIXELS_FOR_PRODUCTS:
+        return tf.raw_ops.Conv2DBackpropFilter(
+            input=inputs,
+            filter_sizes=shape,
+            out_backprop=upstream,
+            strides=[1, 1, 1, 1],
+            padding=padding,
+        )
+    _, input_height, input_width, _ = inputs.shape
+
+    def overlap(offset: int, outputs: int, pixels: int) -> tuple[slice, slice]:
+        first, last = max(0, -offset), min(outputs, pixels - offset)
+        return slice(first + offset, last + offset), slice(first, last)
+
+    products = []
+    for row in range(shape[0]):
+        above = (shape[0] - 1) // 2 if padding == "SAME" else 0
+        in_rows, out_rows = overlap(row - above, height, input_height)
+        for column in range(shape[1]):
+            left = (shape[1] - 1) // 2 if padding == "SAME" else 0
+            in_columns, out_columns = overlap(column - left, width, input_width)
+            pixels = tf.reshape(inputs[:, in_rows, in_columns], (-1, shape[2]))
+            errors = tf.reshape(upstream[:, out_rows, out_columns], (-1, shape[3]))
+            products.append(tf.matmul(pixels, errors, transpose_a=True))
+    return tf.reshape(tf.stack(products), shape)
+
+
+def batch_normalization(inputs, gamma, beta, epsilon: float):
+    """Normalise a batch (N, H, W, C) on TensorFlow, and give its mean and variance, each (C,)."""
+    import tensorflow as tf
+
+    channels = inputs.shape[-1]
+    result = tf.raw_ops.FusedBatchNormV3(
+        x=inputs,
+        scale=tf.ones(channels) if gamma is None else tf.convert_to_tensor(gamma),
+        offset=tf.zeros(channels) if beta is None else tf.convert_to_tensor(beta),
+        mean=[],
+        variance=[],
+        epsilon=epsilon,
+        is_training=True,
+    )
+    # The operation divides by n - 1, Keras by n.
+    values = tf.cast(tf.size(inputs) // channels, tf.float32)
+    return result.y, result.batch_mean, result.batch_variance * ((values - 1) / values)
+
+
+def silu(inputs):
+    """x * sigmoid(x) on TensorFlow, whose own gradient is four times slower in bfloat16."""
+    import tensorflow as tf
+
+    # One pass over memory, in float32: XLA fuses what is not convolution well.
+    @tf.function(jit_compile=True)
+    def derivative(inputs, upstream):
+        x = tf.cast(inputs, tf.float32)
+        sigmoid = 0.5 * tf.tanh(0.5 * x) + 0.5
+        return tf.cast(
+            tf.cast(upstream, tf.float32) * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype
+        )
+
+    @tf.custom_gradient
+    def activate(inputs):
+        return tf.nn.silu(inputs), lambda upstream: derivative(inputs, upstream)
+
+    return activate(inputs)
 
 
 def resolve_precision(precision: str) -> str:

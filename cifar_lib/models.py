@@ -1,7 +1,8 @@
 """The convolutional networks, looked up by name.
 
 A network takes images as float32 in 0..1, shape (N, 32, 32, 3), and gives one probability a class,
-float32, shape (N, classes). Scaling and augmentation belong to the data path, not to the network.
+float32, shape (N, classes). Those in `RESIZABLE` take squares of other sides, too. Scaling and
+augmentation belong to the data path, not to the network.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from cifar_lib.backend import keras
 from cifar_lib.data import IMAGE_SHAPE, NUM_CLASSES
+from cifar_lib.layers import BatchNormalization, Conv2D, Dirac, SiLU, Whitening
 
 layers = keras.layers
+
+ANY_SIDE = (None, None, IMAGE_SHAPE[-1])
+
+IMAGES_TO_WHITEN = 5_000
 
 
 def seed_cnn(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
@@ -47,7 +54,68 @@ def seed_cnn(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
     return keras.Sequential([keras.Input(IMAGE_SHAPE), *blocks, *head], name="seed")
 
 
-BUILDERS: dict[str, Callable[..., keras.Model]] = {"seed": seed_cnn}
+def airbench(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
+    """The network of airbench94, with SiLU for GELU and one global max pool: 2.00 M parameters.
+
+    Jordan 2024, "94 % on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498, section 3.1.
+    """
+    inputs = keras.Input(ANY_SIDE)
+    x = SiLU()(Whitening()(inputs))
+    for width in (64, 256, 256):
+        x = _convolution(width, 3, seeds)(x)
+        x = layers.MaxPooling2D(2)(x)
+        x = SiLU()(BatchNormalization(epsilon=1e-5, momentum=0.6, scale=False)(x))
+        x = _convolution(width, 3, seeds)(x)
+        x = SiLU()(BatchNormalization(epsilon=1e-5, momentum=0.6, scale=False)(x))
+    return _classified(
+        inputs, layers.GlobalMaxPooling2D()(x), num_classes, 1 / 9, seeds, "airbench"
+    )
+
+
+def speedrun(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
+    """Three groups of a convolution and a residual pair: 8.61 M parameters.
+
+    The network of the CIFAR-100 speedrun's submission NAVIER-STOKED, after futurebiohackers
+    (github.com/AIDDA-Institute/CIFAR-100-speedrun): the early, large maps get few and small
+    filters, the late ones many.
+    """
+    inputs = keras.Input(ANY_SIDE)
+    x = SiLU()(Whitening()(inputs))
+    for width, kernel, middle, pair in (
+        (64, 3, 64, (1, 1)),
+        (256, 3, 192, (3, 1)),
+        (768, 2, 512, (3, 3)),
+    ):
+        x = layers.MaxPooling2D(2)(_convolution(width, kernel, seeds)(x))
+        x = y = SiLU()(BatchNormalization(epsilon=1e-5)(x))
+        for filters, kernel in zip((middle, width), pair, strict=True):
+            y = _convolution(filters, kernel, seeds)(y)
+            y = SiLU()(BatchNormalization(epsilon=1e-5)(y))
+        x = layers.Add()([x, y])
+    pooled = layers.Add()([layers.GlobalMaxPooling2D()(x), layers.GlobalAveragePooling2D()(x)])
+    return _classified(inputs, pooled, num_classes, 1.25 / 9, seeds, "speedrun")
+
+
+def _convolution(filters: int, kernel: int, seeds: Callable[[], int]) -> keras.Layer:
+    initializer = Dirac(seeds())
+    return Conv2D(filters, kernel, padding="same", use_bias=False, kernel_initializer=initializer)
+
+
+def _classified(inputs, features, num_classes, scale, seeds, name) -> keras.Model:
+    """The network that gives the softmax of scaled linear logits of `features`."""
+    initializer = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seeds())
+    logits = layers.Dense(
+        num_classes, use_bias=False, dtype="float32", kernel_initializer=initializer
+    )(features)
+    logits = layers.Rescaling(scale, dtype="float32")(logits)
+    return keras.Model(inputs, layers.Softmax(dtype="float32")(logits), name=name)
+
+
+BUILDERS: dict[str, Callable[..., keras.Model]] = {
+    "seed": seed_cnn,
+    "airbench": airbench,
+    "speedrun": speedrun,
+}
 
 
 def build(
@@ -74,6 +142,13 @@ def build(
         keras.config.set_dtype_policy(policy)
 
 
+def adapt(model: keras.Model, images: np.ndarray) -> None:
+    """Set what a network takes from the training images, uint8 (N, 32, 32, 3), before training."""
+    for layer in model.layers:
+        if isinstance(layer, Whitening):
+            layer.adapt(images[:IMAGES_TO_WHITEN])
+
+
 def summary(model: keras.Model) -> pd.DataFrame:
     """Describe every layer of a network of square pictures, channels last.
 
@@ -82,6 +157,9 @@ def summary(model: keras.Model) -> pd.DataFrame:
     `receptive_field`, the side in input pixels of what one output can depend on, at most the
     picture's: Araujo et al. 2019, "Computing receptive fields of convolutional neural networks".
     """
+    if model.input_shape[1] is None:
+        # Layers like these on an image of the usual size.
+        model = keras.models.clone_model(model, keras.Input(IMAGE_SHAPE))
     side = model.input_shape[1]
     # Of each layer: the receptive field, and by how many input pixels neighbouring outputs differ.
     reach: dict[str, tuple[int, int]] = {}
@@ -114,6 +192,8 @@ def summary(model: keras.Model) -> pd.DataFrame:
 
 def _window(layer: keras.Layer) -> tuple[int, int]:
     config = layer.get_config()
+    if isinstance(layer, Whitening):
+        return layer.patch, 1
     if "kernel_size" in config:
         return config["dilation_rate"][0] * (config["kernel_size"][0] - 1) + 1, config["strides"][0]
     if "pool_size" in config:

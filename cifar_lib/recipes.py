@@ -17,14 +17,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 DATASETS = ("cifar100", "synthetic")
-MODELS = ("seed",)
-AUGMENTATIONS = ("none", "seed", "seed_layers", "shift_flip")
-OPTIMIZERS = ("adam", "rmsprop", "sgd")
-SCHEDULES = ("constant", "inverse_time", "cosine")
+MODELS = ("seed", "airbench", "speedrun")
+#: Those of the models that take images of other sides than 32.
+RESIZABLE = ("airbench", "speedrun")
+AUGMENTATIONS = ("none", "seed", "seed_layers", "shift_flip", "crop_flip")
+OPTIMIZERS = ("adam", "rmsprop", "sgd", "muon")
+SCHEDULES = ("constant", "inverse_time", "cosine", "linear")
 PRECISIONS = ("float32", "bfloat16", "auto")
 PROTOCOLS = ("holdout", "final", "deck")
 
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
+LEAST_SIDE, SIDE = 12, 32
+
+# Choices that came later, with the values by which a recipe is what it was before: at these they
+# are left out of a run's name, so that finished runs keep theirs.
+LATER_CHOICES = {
+    "filter_learning_rate": None,
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "image_sizes": None,
+}
 
 
 class RecipeError(ValueError):
@@ -40,11 +53,20 @@ class Recipe:
         dataset: one of `DATASETS`; "synthetic" is the stand-in for tests and the demo.
         model: one of `MODELS`.
         augmentation: one of `AUGMENTATIONS`.
-        optimizer: one of `OPTIMIZERS`, with Keras' defaults; "sgd" has Nesterov momentum 0.9.
-        learning_rate: at the first step, above 0.
+        optimizer: one of `OPTIMIZERS`, with Keras' defaults; "sgd" has Nesterov momentum 0.9;
+            "muon" moves filters by `optimizers.Muon` and all else by "sgd".
+        learning_rate: at its highest, above 0.
+        filter_learning_rate: of filters, with "muon" and only there; above 0.
         schedule: one of `SCHEDULES`: "inverse_time" divides by 1 + decay * step, as the Keras of
-            2018 did; "cosine" falls to zero at the last step.
+            2018 did; "cosine" and "linear" fall to zero at the last step.
         decay: of "inverse_time", a step, at least 0.
+        warmup: share of all steps in which the learning rate of "cosine" or "linear" rises from
+            zero, 0 to below 1.
+        weight_decay: share of every kernel that is taken off at each step, times the learning
+            rate, at least 0; not of the filters that Muon moves, which have a fixed norm.
+        label_smoothing: share of a label that is spread over all classes, 0 to below 1.
+        image_sizes: sides in pixels to which the training images are resized, each for as many
+            epochs; None leaves them at 32. Only for `RESIZABLE` models.
         batch_size: images a step.
         epochs: passes over the training images.
         early_stopping_patience: stop after so many epochs without a lower validation loss and go
@@ -71,8 +93,13 @@ class Recipe:
     augmentation: str = "seed"
     optimizer: str = "rmsprop"
     learning_rate: float = 3e-4
+    filter_learning_rate: float | None = None
     schedule: str = "inverse_time"
     decay: float = 1e-6
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    image_sizes: tuple[int, ...] | None = None
     batch_size: int = 32
     epochs: int = 139
     early_stopping_patience: int | None = None
@@ -102,8 +129,16 @@ class Recipe:
             raise RecipeError(
                 f"learning_rate is {self.learning_rate}; it must be a finite number above 0."
             )
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise RecipeError(f"decay is {self.decay}; it must be a finite number, 0 or more.")
+        for field in ("decay", "weight_decay"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value >= 0):
+                raise RecipeError(f"{field} is {value}; it must be a finite number, 0 or more.")
+        for field in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                raise RecipeError(
+                    f"{field} is {getattr(self, field)}; it must be in 0..1, below 1."
+                )
+        self._check_combinations()
         for field, least in (
             ("batch_size", 1),
             ("epochs", 1),
@@ -130,6 +165,41 @@ class Recipe:
             raise RecipeError(
                 "early_stopping_patience needs a validation set; the protocol 'final' has none. "
                 "Use the protocol 'holdout', or early_stopping_patience=None."
+            )
+
+    def _check_combinations(self) -> None:
+        rate = self.filter_learning_rate
+        if self.optimizer == "muon" and not (rate and math.isfinite(rate) and rate > 0):
+            raise RecipeError(
+                f"filter_learning_rate is {rate}; the optimizer 'muon' needs a finite number above "
+                "0, such as 0.18."
+            )
+        if self.optimizer != "muon" and rate is not None:
+            raise RecipeError(
+                f"filter_learning_rate is {rate}, but the optimizer {self.optimizer!r} has one "
+                "rate for all. Use the optimizer 'muon', or filter_learning_rate=None."
+            )
+        if self.warmup and self.schedule not in ("cosine", "linear"):
+            raise RecipeError(
+                f"warmup is {self.warmup}, but the schedule {self.schedule!r} has none. Use "
+                "'cosine' or 'linear', or warmup=0."
+            )
+        if self.image_sizes is None:
+            return
+        if self.model not in RESIZABLE:
+            raise RecipeError(
+                f"image_sizes is {self.image_sizes}, but the model {self.model!r} takes images of "
+                f"{SIDE} pixels alone. Use one of {', '.join(RESIZABLE)}, or image_sizes=None."
+            )
+        for size in self.image_sizes:
+            if not LEAST_SIDE <= size <= SIDE:
+                raise RecipeError(
+                    f"image_sizes has {size}; a side must be in {LEAST_SIDE}..{SIDE} pixels."
+                )
+        if not 1 <= len(self.image_sizes) <= self.epochs:
+            raise RecipeError(
+                f"image_sizes has {len(self.image_sizes)} sizes for {self.epochs} epochs; it must "
+                "have 1 to as many as there are epochs."
             )
 
     def _check_sizes(self) -> None:
@@ -185,6 +255,12 @@ class Recipe:
         own = json.loads(self.to_json())
         return {field: value for field, value in own.items() if value != usual[field]}
 
+    def image_size(self, epoch: int) -> int:
+        """The side of the training images in an epoch, from 0, in pixels."""
+        if self.image_sizes is None:
+            return SIDE
+        return self.image_sizes[epoch * len(self.image_sizes) // self.epochs]
+
     @property
     def split_choices(self) -> dict[str, object]:
         """What `data.make_splits` takes beside the data set."""
@@ -206,7 +282,12 @@ class Recipe:
     @property
     def run_name(self) -> str:
         """A folder name that tells this recipe from every other, the same in every process."""
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+        choices = dataclasses.asdict(self)
+        for field, usual in LATER_CHOICES.items():
+            if choices[field] == usual:
+                del choices[field]
+        text = json.dumps(choices, indent=2) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{self.name}-{self.protocol}-seed{self.seed}-{digest}"
 
 
@@ -225,8 +306,10 @@ def _typed(field: str, value: object, hint: object) -> object:
         return None
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if tuple[str, ...] in options and isinstance(value, list | tuple):
-        if all(isinstance(item, str) for item in value):
+    items = {tuple[str, ...]: str, tuple[int, ...]: int}
+    lists = [items[option] for option in options if option in items]
+    if lists and isinstance(value, list | tuple):
+        if all(type(item) is lists[0] for item in value):
             return tuple(value)
     elif any(isinstance(option, type) and type(value) is option for option in options):
         return value
@@ -245,6 +328,36 @@ RECIPES: dict[str, Recipe] = {
         Recipe(),
         # The same before the calibration, with the learning rate of that example.
         Recipe(name="seed-provisional", learning_rate=1e-4),
+        Recipe(
+            name="fast",
+            model="speedrun",
+            augmentation="crop_flip",
+            optimizer="muon",
+            learning_rate=1.38,
+            filter_learning_rate=0.18,
+            schedule="linear",
+            warmup=0.25,
+            weight_decay=5e-3,
+            label_smoothing=0.25,
+            batch_size=1_024,
+            epochs=4,
+            image_sizes=(20, 20, 24, 28),
+        ),
+        Recipe(
+            name="accurate",
+            model="speedrun",
+            augmentation="crop_flip",
+            optimizer="muon",
+            learning_rate=1.38,
+            filter_learning_rate=0.18,
+            schedule="linear",
+            warmup=0.25,
+            weight_decay=5e-3,
+            label_smoothing=0.25,
+            batch_size=1_024,
+            epochs=10,
+            image_sizes=(20, 20, 24, 24, 24, 32, 32, 32, 32, 32),
+        ),
         # The deck's network in the few minutes that the demo has: Adam at Keras' default rate
         # learns more in its first thousand steps; no augmentation, since pictures hardly recur.
         Recipe(

@@ -218,6 +218,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def percent(share: float) -> str:
+    """A share, 0..1, as a text sets it: 0.6187 becomes "61.87 %"."""
+    return f"{share:.2%}".replace("%", " %")
+
+
 def _read(path: Path) -> NotebookNode:
     try:
         # Where the repository lies is of no interest to a reader, and differs between machines.

@@ -130,12 +130,8 @@ class Run:
 
     def load_model(self) -> keras.Model:
         """The trained network, built by name and given its weights; loading runs no stored code."""
-        from cifar_lib import models
-
-        model = models.build(self.recipe.model, precision=self.environment["precision"])
-        arrays = read_arrays(self._file("weights.npz"))
-        assign(model.weights, list(arrays.values()), self.path / "weights.npz")
-        return model
+        path = self._file("weights.npz")
+        return network(self.recipe, self.environment["precision"], read_arrays(path), path)
 
     def _file(self, name: str) -> Path:
         path = self.path / name
@@ -263,9 +259,14 @@ def write_json(path: Path, content: object) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an uncompressed .npz whole or not at all."""
+    write_atomically(path, npz(arrays))
+
+
+def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The content of an uncompressed .npz, the same for the same arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -279,6 +280,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is no file of plain arrays: {error}") from error
+
+
+def network(
+    recipe: Recipe, precision: str, arrays: Mapping[str, np.ndarray], source: Path
+) -> keras.Model:
+    """The network of a recipe, computing in `precision`, with the weights in the order of `arrays`.
+
+    Raises:
+        RunError: the weights, which `source` holds, are another network's.
+    """
+    from cifar_lib import models
+
+    model = models.build(recipe.model, precision=precision)
+    assign(model.weights, list(arrays.values()), source)
+    return model
 
 
 def assign(variables: list[keras.Variable], arrays: list[np.ndarray], source: Path) -> None:

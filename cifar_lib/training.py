@@ -10,6 +10,8 @@ The learning-rate range test is a short training of its own, and leaves no run.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -24,14 +26,15 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-from cifar_lib import ROOT, augmentation, backend, data, evaluation, models, runs
+from cifar_lib import ROOT, augmentation, backend, data, evaluation, models, optimizers, runs
 from cifar_lib.backend import keras
-from cifar_lib.recipes import Recipe, RecipeError
+from cifar_lib.recipes import SIDE, Recipe, RecipeError
 
 OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "adam": keras.optimizers.Adam,
     "rmsprop": keras.optimizers.RMSprop,
-    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
+    "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9, nesterov=True),
+    "muon": optimizers.Muon,
 }
 
 # A loss that is not finite stays so in the epoch's running mean, so now and then is soon enough.
@@ -110,20 +113,49 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
 
     Args:
         model: the network.
-        recipe: optimizer, learning_rate, schedule, decay and epochs are used.
+        recipe: the optimiser, its rates, its schedule, weight_decay and label_smoothing are used.
         steps: steps an epoch.
     """
     schedules = keras.optimizers.schedules
-    rate = recipe.learning_rate
+    rate, all_steps = recipe.learning_rate, recipe.epochs * steps
     if recipe.schedule == "inverse_time":
         rate = schedules.InverseTimeDecay(rate, decay_steps=1, decay_rate=recipe.decay)
     elif recipe.schedule == "cosine":
-        rate = schedules.CosineDecay(rate, decay_steps=recipe.epochs * steps)
+        warmup = round(recipe.warmup * all_steps)
+        rate = schedules.CosineDecay(
+            0.0 if warmup else rate,
+            decay_steps=all_steps - warmup,
+            warmup_target=rate if warmup else None,
+            warmup_steps=warmup,
+        )
+    elif recipe.schedule == "linear":
+        rate = optimizers.LinearSchedule(rate, all_steps, recipe.warmup)
+    choices = {"weight_decay": recipe.weight_decay or None}
+    if recipe.optimizer == "muon":
+        choices["filter_rate"] = recipe.filter_learning_rate / recipe.learning_rate
+        choices["compute_dtype"] = keras.DTypePolicy(model.dtype_policy.name).compute_dtype
+    optimizer = OPTIMIZERS[recipe.optimizer](rate, **choices)
+    moved_by_muon = 4 if recipe.optimizer == "muon" else None
+    optimizer.exclude_from_weight_decay(
+        [v for v in model.trainable_variables if len(v.shape) in (1, moved_by_muon)]
+    )
     model.compile(
-        optimizer=OPTIMIZERS[recipe.optimizer](rate),
-        loss="sparse_categorical_crossentropy",
+        optimizer=optimizer,
+        loss=("" if recipe.label_smoothing else "sparse_") + "categorical_crossentropy",
         metrics=["accuracy"],
         jit_compile=backend.jit_compile(),
+    )
+
+
+def _training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> augmentation.Batches:
+    return augmentation.Batches(
+        train,
+        recipe.batch_size,
+        augmentation.make(recipe.augmentation),
+        seed=recipe.seed,
+        shuffle=True,
+        size=size,
+        label_smoothing=recipe.label_smoothing or None,
     )
 
 
@@ -138,10 +170,10 @@ def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> 
     """
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    policy = augmentation.make(recipe.augmentation)
-    batches = augmentation.Batches(train, recipe.batch_size, policy, seed=recipe.seed, shuffle=True)
+    batches = _training_batches(recipe, train)
     precision = backend.resolve_precision(recipe.precision)
     model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    models.adapt(model, train.images)
     compile_model(model, recipe, steps=len(batches))
     seconds: list[float] = []
     number = 0
@@ -184,34 +216,46 @@ class Recorder(keras.callbacks.Callback):
         """Train from the last finished epoch to the end."""
         recipe = self.recipe
         self.set_model(model)
-        self._restore()
+        self.epoch_began = time.perf_counter()
+        if not self._restored():
+            models.adapt(model, splits.train.images)
         runs.write_json(self.run_dir / "environment.json", self.environment)
-        if len(self.history) < recipe.epochs and not self.stopped:
-            policy = augmentation.make(recipe.augmentation)
-            self.batches = augmentation.Batches(
-                splits.train, recipe.batch_size, policy, seed=recipe.seed, shuffle=True
-            )
-            validation = splits.validation
-            # Closed however training ends, or it is drawn again below what is then said.
-            with contextlib.closing(Progress(len(self.history))) as progress:
-                callbacks = [self, progress]
-                if self.early_stopping:
-                    callbacks = [self.early_stopping, *callbacks]
-                model.fit(
-                    self.batches,
-                    validation_data=validation and augmentation.Batches(validation, 250),
-                    initial_epoch=len(self.history),
-                    epochs=recipe.epochs,
-                    callbacks=callbacks,
-                    shuffle=False,
-                    verbose=0,
-                )
+        # Closed however training ends, or it is drawn again below what is then said.
+        with contextlib.closing(Progress(recipe.epochs, len(self.history))) as progress:
+            callbacks = [self, progress]
+            if self.early_stopping:
+                callbacks = [self.early_stopping, *callbacks]
+            while len(self.history) < recipe.epochs and not self.stopped:
+                self._fit_one_size(model, splits, callbacks)
         if self.stopped == "stop file":
             print(f"Stopped after epoch {len(self.history)}, as {self.run_dir / STOP_FILE} asks.")
         self.weights_epoch = len(self.history)
         if self.early_stopping and self.early_stopping.best_weights is not None:
             model.set_weights(self.early_stopping.best_weights)
             self.weights_epoch = int(self.early_stopping.best_epoch) + 1
+
+    def _fit_one_size(self, model: keras.Model, splits: data.Splits, callbacks: list) -> None:
+        """Train for the epochs that follow with images of the same size."""
+        recipe, done = self.recipe, len(self.history)
+        size = recipe.image_size(done)
+        more = itertools.takewhile(
+            lambda epoch: recipe.image_size(epoch) == size, range(done, recipe.epochs)
+        )
+        self.batches = _training_batches(recipe, splits.train, size)
+        # Each size has its own compiled step, in which it is a constant.
+        model.make_train_function(force=True)
+        validation = splits.validation
+        label_smoothing = 0.0 if recipe.label_smoothing else None
+        model.fit(
+            self.batches,
+            validation_data=validation
+            and augmentation.Batches(validation, 250, label_smoothing=label_smoothing),
+            initial_epoch=done,
+            epochs=done + len(list(more)),
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=0,
+        )
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         # Keras' early stopping has just forgotten the epochs before.
@@ -225,7 +269,6 @@ class Recorder(keras.callbacks.Callback):
         for layer, state in enumerate(states):
             stream = augmentation.random_stream("layer", self.recipe.seed, epoch, layer)
             state.assign([int(stream.integers(2**31)), 0])
-        self.epoch_began = self.training_ended = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.training_ended = time.perf_counter()
@@ -251,6 +294,7 @@ class Recorder(keras.callbacks.Callback):
                 self.stopped = "stop file"
                 self.model.stop_training = True
         self._save()
+        self.epoch_began = time.perf_counter()
 
     def _refuse_infinite_loss(self, loss: float, where: str) -> None:
         if math.isfinite(loss):
@@ -278,10 +322,11 @@ class Recorder(keras.callbacks.Callback):
         history = pd.DataFrame(self.history).to_csv(index=False)
         runs.write_atomically(self.run_dir / "history.csv", history.encode())
 
-    def _restore(self) -> None:
+    def _restored(self) -> bool:
+        """Whether the run goes on from a checkpoint, which is then loaded."""
         self.model.optimizer.build(self.model.trainable_variables)
         if not self.checkpoint.exists():
-            return
+            return False
         arrays = runs.read_arrays(self.checkpoint)
         state = json.loads(arrays.pop("state").tobytes())
         groups = {
@@ -305,26 +350,30 @@ class Recorder(keras.callbacks.Callback):
                 "The result will not be bit for bit that of an undisturbed run: "
                 + "; ".join(differences)
             )
+        return True
 
 
 class Progress(keras.callbacks.Callback):
     """One updating line with the time left where somebody watches, else one line an epoch.
 
     Args:
-        epochs_done: epochs of earlier attempts at this run.
+        epochs: of the run.
+        epochs_done: those of earlier attempts at it.
     """
 
-    def __init__(self, epochs_done: int) -> None:
+    def __init__(self, epochs: int, epochs_done: int) -> None:
         super().__init__()
-        self.epochs_done = epochs_done
+        self.epochs, self.epochs_done = epochs, epochs_done
         self.bar: tqdm | None = None
         self.live = _watched()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        if self.bar is not None:
+            return
         self.began = time.perf_counter()
-        epochs, steps = self.params["epochs"], self.params["steps"]
+        steps = self.params["steps"]
         self.bar = tqdm(
-            total=epochs * steps,
+            total=self.epochs * steps,
             initial=self.epochs_done * steps,
             disable=not self.live,
             file=sys.stdout,
@@ -333,7 +382,7 @@ class Progress(keras.callbacks.Callback):
         )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.bar.set_description(f"epoch {epoch + 1}/{self.params['epochs']}")
+        self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.bar.update()
@@ -343,10 +392,9 @@ class Progress(keras.callbacks.Callback):
         if self.live:
             self.bar.set_postfix_str(numbers)
             return
-        epochs = self.params["epochs"]
         seconds = (time.perf_counter() - self.began) / (epoch + 1 - self.epochs_done)
-        left = tqdm.format_interval(seconds * (epochs - epoch - 1))
-        line = f"epoch {epoch + 1}/{epochs}  {numbers}  {seconds:.0f} s an epoch, {left} left"
+        left = tqdm.format_interval(seconds * (self.epochs - epoch - 1))
+        line = f"epoch {epoch + 1}/{self.epochs}  {numbers}  {seconds:.0f} s an epoch, {left} left"
         print(line, flush=True)  # a log is read while it grows
 
     def close(self) -> None:
@@ -447,17 +495,13 @@ def range_test(
         raise RecipeError(f"steps is {steps}; a range of learning rates needs 2 or more.")
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches = augmentation.Batches(
-        train,
-        recipe.batch_size,
-        augmentation.make(recipe.augmentation),
-        seed=recipe.seed,
-        shuffle=True,
-    )
+    batches = _training_batches(recipe, train)
     precision = backend.resolve_precision(recipe.precision)
     model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    models.adapt(model, train.images)
     # Keras lets the rate be set only where no schedule sets it.
-    compile_model(model, recipe.replace(schedule="constant"), steps=len(batches))
+    constant = recipe.replace(schedule="constant", warmup=0.0)
+    compile_model(model, constant, steps=len(batches))
     rows = []
     mean, least = 0.0, math.inf
     rates = np.geomspace(lowest, highest, steps)

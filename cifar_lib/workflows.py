@@ -11,13 +11,17 @@ from statistics import median
 
 import pandas as pd
 
-from cifar_lib import ROOT, calibration, data, recipes, reports, runs, studies
+from cifar_lib import ROOT, calibration, data, recipes, reports, runs, studies, weights
+from cifar_lib.reports import percent
 
 NOTEBOOKS = ROOT / "notebooks"
 DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.5597}
 
 #: The runs whose results the repository holds, by the name that its pages give them.
 REFERENCE = {"seed-provisional, 14 of 139 epochs": recipes.get("seed-provisional", epochs=14)}
+
+#: The networks that `weights/` publishes, by name: the recipe of each one's run.
+WEIGHTS: dict[str, recipes.Recipe] = {}
 
 #: The studies whose results the repository holds, in the order in which they follow each other.
 STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")
@@ -225,7 +229,9 @@ def demo(runs_dir: Path) -> Path:
 
 
 def reference(runs_dir: Path) -> Path:
-    """Make `results/`, `figures/`, `reports/` and the README's tables; return the report's index.
+    """Make `results/`, `figures/`, `reports/`, `weights/` and the README's tables.
+
+    Returns the path of the report's index.
 
     Finished runs and trials in `runs_dir` are not trained again. Needs the real CIFAR-100.
     """
@@ -238,6 +244,8 @@ def reference(runs_dir: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             shutil.copyfile(run.path / name, folder / name)
+    for name, recipe in WEIGHTS.items():
+        weights.export(train(recipe, runs_dir, ROOT / "figures"), name)
     for name in STUDIES:
         study = studies.load(ROOT / "studies" / f"{name}.yaml")
         done = sweeps.run(study, runs_dir / "studies")
@@ -274,7 +282,7 @@ def readme_tables(results: Path) -> dict[str, str]:
         {
             "network": DECK["run"],
             "epochs": DECK["epochs"],
-            "accuracy": _percent(DECK["accuracy"]),
+            "accuracy": percent(DECK["accuracy"]),
             "loss": f"{DECK['loss']:.4f}",
         }
     ]
@@ -287,10 +295,10 @@ def readme_tables(results: Path) -> dict[str, str]:
             {
                 "network": name,
                 "epochs": metrics["epochs_run"],
-                "accuracy": f"{_percent(test['accuracy'])} ({_percent(test['accuracy_low'])} to "
-                f"{_percent(test['accuracy_high'])})",
+                "accuracy": f"{percent(test['accuracy'])} ({percent(test['accuracy_low'])} to "
+                f"{percent(test['accuracy_high'])})",
                 "loss": f"{test['loss']:.4f}",
-                "top-5": _percent(test["top5_accuracy"]),
+                "top-5": percent(test["top5_accuracy"]),
                 "training": f"{metrics['train_seconds'] / 60:.0f} minutes on "
                 f"{environment['threads']} cores in {environment['precision']}",
             }
@@ -338,16 +346,16 @@ def _calibration_row(found: calibration.Results) -> dict[str, object]:
         "trials": ", ".join(f"{count} {state}" for state, count in found.counts.items()),
         "images, epochs": f"{images:,.0f}, {epochs:.0f}",
         "best": calibration.describe(calibration.best_point(found)),
-        "validation accuracy": _percent(first["val_accuracy"]),
+        "validation accuracy": percent(first["val_accuracy"]),
         "seeds": int(first["seeds"]),
     }
     if set(found.varied) <= {"epochs"}:
         best = calibration.best_epoch(found)
         row["best"] = f"epoch {best.best}; epoch {best.enough} is within a standard error"
-        row["validation accuracy"] = _percent(best.accuracy)
+        row["validation accuracy"] = percent(best.accuracy)
     if others:
         second = {name: others[0][name] for name in found.parameters}
-        row["second"] = f"{calibration.describe(second)}: {_percent(others[0]['val_accuracy'])}"
+        row["second"] = f"{calibration.describe(second)}: {percent(others[0]['val_accuracy'])}"
     return row
 
 
@@ -362,14 +370,10 @@ def _sweep_costs(path: Path) -> pd.DataFrame:
                 f"{empty['milliseconds_a_trial']:.1f} ms"
             ),
             f"share of {waiting['threads']} threads' time that trials had, "
-            f"{waiting['seconds_a_trial']:.0f} s each": _percent(waiting["efficiency"]),
+            f"{waiting['seconds_a_trial']:.0f} s each": percent(waiting["efficiency"]),
         }.items(),
         columns=["what", "cost"],
     )
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}".replace("%", " %")
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from cifar_lib import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BACKENDS = re.compile(r"\b(tensorflow|keras|jax|torch)\b")
 WITHOUT_BACKEND = (
-    *("data", "recipes", "parameters", "runs", "evaluation", "figures", "reports"),
+    *("data", "recipes", "parameters", "runs", "evaluation", "figures", "reports", "weights"),
     *("studies", "trials", "sweeps", "board", "calibration"),
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
