@@ -24,6 +24,7 @@ examples:
   python -m cifar_lib predict cat.jpg --card card.png      classify a picture of your own
   python -m cifar_lib report                               pages from all finished runs
   python -m cifar_lib sweep studies/learning_rate.yaml     calibrate by many runs
+  python -m cifar_lib benchmark fast --seconds 10          how fast this machine trains
 
 A run that was interrupted continues when the same command is given again.
 
@@ -166,6 +167,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument(
         "--dry-run", action="store_true", help="list the trials and estimate their time"
+    )
+
+    benchmark = add(
+        "benchmark",
+        _benchmark,
+        "measure how fast this machine trains the recipes, on each backend that is installed",
+        epilog="recipes: " + ", ".join(recipes.RECIPES),
+    )
+    benchmark.add_argument(
+        "names", nargs="*", metavar="RECIPE", help="by default all that differ in speed"
+    )
+    for name, settings, what in (
+        ("--seconds", {"type": float, "metavar": "FLOAT"}, "of each measurement, by default 5"),
+        ("--rounds", {"type": int, "metavar": "INT"}, "how often each is measured, by default 3"),
+        ("--backends", {"nargs": "+", "metavar": "BACKEND"}, "by default tensorflow jax torch"),
+    ):
+        benchmark.add_argument(name, help=what, **settings)
+    benchmark.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "benchmark",
+        metavar="FOLDER",
+        help="of the table and its picture",
     )
 
     reference = add("reference", _reference, "make the reference results and their report again")
@@ -357,6 +381,21 @@ def _demo(options: argparse.Namespace) -> None:
     from cifar_lib import workflows
 
     print(workflows.demo(options.runs_dir))
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from cifar_lib import benchmark
+
+    chosen = {name: getattr(options, name) for name in ("seconds", "rounds", "backends")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    table = benchmark.run(options.out, options.names, **chosen)
+    whole, percent = "{:,.0f}".format, "{:.1%}".format
+    rates = ("images_per_second", "lowest", "highest", "trained_images_per_second")
+    formats = dict.fromkeys((*rates, "seconds_per_epoch"), whole) | {"feeding_share": percent}
+    table.columns = [name.replace("_", " ") for name in table]
+    formats = {name.replace("_", " "): form for name, form in formats.items()}
+    print("", table.to_string(index=False, formatters=formats), "", sep="\n")
+    print(*(options.out / f"benchmark.{kind}" for kind in ("csv", "json", "png")), sep="\n")
 
 
 def _reference(options: argparse.Namespace) -> None:

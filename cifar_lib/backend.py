@@ -81,7 +81,8 @@ def convolution(inputs, kernel, padding: str):
 
         return outputs, gradient
 
-    return convolve(inputs, kernel)
+    # Of a variable, outside a traced function, `custom_gradient` would want another signature.
+    return convolve(tf.convert_to_tensor(inputs), tf.convert_to_tensor(kernel))
 
 
 def _filter_gradient(inputs, shape, upstream, padding: str):
@@ -99,7 +100,8 @@ def _filter_gradient(inputs, shape, upstream, padding: str):
     _, input_height, input_width, _ = inputs.shape
 
     def overlap(offset: int, outputs: int, pixels: int) -> tuple[slice, slice]:
-        first, last = max(0, -offset), min(outputs, pixels - offset)
+        first = max(0, -offset)
+        last = max(first, min(outputs, pixels - offset))
         return slice(first + offset, last + offset), slice(first, last)
 
     products = []
@@ -138,20 +140,27 @@ def silu(inputs):
     """x * sigmoid(x) on TensorFlow, whose own gradient is four times slower in bfloat16."""
     import tensorflow as tf
 
-    # One pass over memory, in float32: XLA fuses what is not convolution well.
-    @tf.function(jit_compile=True)
-    def derivative(inputs, upstream):
-        x = tf.cast(inputs, tf.float32)
-        sigmoid = 0.5 * tf.tanh(0.5 * x) + 0.5
-        return tf.cast(
-            tf.cast(upstream, tf.float32) * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype
-        )
-
     @tf.custom_gradient
     def activate(inputs):
-        return tf.nn.silu(inputs), lambda upstream: derivative(inputs, upstream)
+        return tf.nn.silu(inputs), lambda upstream: _silu_gradient()(inputs, upstream)
 
     return activate(inputs)
+
+
+@functools.cache
+def _silu_gradient():
+    import tensorflow as tf
+
+    # One pass over memory, in float32: XLA fuses what is not convolution well. A function of one
+    # array is compiled once for all layers that have as many values.
+    @tf.function(jit_compile=True)
+    def gradient(inputs, upstream):
+        x = tf.cast(inputs, tf.float32)
+        sigmoid = 0.5 * tf.tanh(0.5 * x) + 0.5
+        upstream = tf.cast(upstream, tf.float32)
+        return tf.cast(upstream * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype)
+
+    return gradient
 
 
 def resolve_precision(precision: str) -> str:

@@ -20,7 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
@@ -33,6 +33,7 @@ _PALETTE = sns.color_palette("colorblind").as_hex()
 TRAINING, VALIDATION, TEST, DECK = _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALETTE[7]
 RIGHT, WRONG = _PALETTE[2], _PALETTE[3]
 SUPERCLASS_ONLY = _PALETTE[8]
+BACKEND_COLORS = {"tensorflow": _PALETTE[5], "jax": _PALETTE[9], "torch": _PALETTE[4]}
 # What marks the best of something, the next in importance, and a trial that was pruned.
 STAR = {"marker": "*", "ms": 14, "mec": "black", "mew": 0.7, "linestyle": "none", "zorder": 4}
 DIAMOND = STAR | {"marker": "D", "ms": 8}
@@ -935,6 +936,44 @@ def importances(shares: pd.Series, title: str) -> Figure:
     axes.set_xlabel("share of the variance of the validation accuracy")
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def training_speed(table: pd.DataFrame, title: str) -> Figure:
+    """Draw the images a second that recipes train on, as bars by backend and precision.
+
+    `table` has a row a bar with `recipe`, `backend` (one of `BACKEND_COLORS`), `precision`
+    ("float32" is hatched), `images_per_second` and `trained_images_per_second`, which is marked:
+    the rate without making the batches.
+    """
+    table = table.sort_values("recipe", kind="stable", key=lambda names: pd.factorize(names)[0])
+    # A bar is 1 high, and half of that lies between recipes.
+    heights = np.arange(len(table)) + 0.5 * pd.factorize(table["recipe"])[0]
+    figure = _figure(6.8, 1.7 + 0.27 * (heights[-1] + 1), layout="constrained")
+    axes = figure.subplots()
+    colors = table["backend"].map(BACKEND_COLORS)
+    hatches = ["////" if precision == "float32" else "" for precision in table["precision"]]
+    rates = table["images_per_second"]
+    axes.barh(heights, rates, 0.86, color=colors, hatch=hatches, ec="white", linewidth=0)
+    marked = {"marker": "|", "ms": 9, "mew": 1.6, "color": "black", "linestyle": "none"}
+    axes.plot(table["trained_images_per_second"], heights, **marked)
+    ends = np.maximum(rates, table["trained_images_per_second"])
+    for end, rate, height in zip(ends, rates, heights, strict=True):
+        text = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{rate:,.0f}", (end, height), (5, 0), **text)
+    middles = pd.Series(heights).groupby(table["recipe"].to_numpy(), sort=False).mean()
+    axes.set_yticks(middles, middles.index)
+    axes.set(xlabel="training images a second", xlim=(0, 1.14 * ends.max()))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    shown = [backend for backend in BACKEND_COLORS if backend in set(table["backend"])]
+    handles = [Patch(color=BACKEND_COLORS[backend], label=backend) for backend in shown]
+    if any(hatches):
+        handles.append(Patch(fc="0.7", ec="white", hatch="////", label="in float32"))
+    handles.append(Line2D([], [], **marked, label="without making the batches"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(title)
     return figure
 

@@ -121,6 +121,31 @@ class Whitening(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
+class InferenceSize(keras.layers.Layer):
+    """Resizes images to a side in pixels, except in training, where the data path chooses the side.
+
+    A network is most accurate on images of the size that it was last trained on: Touvron et al.
+    2019, "Fixing the train-test resolution discrepancy", arXiv 1906.06423.
+    """
+
+    def __init__(self, side: int, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.side = side
+
+    def call(self, inputs, training=False):
+        if training:
+            return inputs
+        size = (self.side, self.side)
+        return ops.image.resize(inputs, size, antialias=True, data_format="channels_last")
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return (input_shape[0], None, None, input_shape[-1])
+
+    def get_config(self) -> dict:
+        return super().get_config() | {"side": self.side}
+
+
+@keras.saving.register_keras_serializable("cifar_lib")
 class Dirac(keras.initializers.Initializer):
     """Identity filters for the first outputs, as many as there are inputs; the rest at random.
 

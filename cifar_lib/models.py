@@ -16,13 +16,14 @@ import pandas as pd
 
 from cifar_lib.backend import keras
 from cifar_lib.data import IMAGE_SHAPE, NUM_CLASSES
-from cifar_lib.layers import BatchNormalization, Conv2D, Dirac, SiLU, Whitening
+from cifar_lib.layers import BatchNormalization, Conv2D, Dirac, InferenceSize, SiLU, Whitening
+from cifar_lib.recipes import RESIZABLE, Recipe
 
 layers = keras.layers
 
 ANY_SIDE = (None, None, IMAGE_SHAPE[-1])
 
-IMAGES_TO_WHITEN = 5_000
+IMAGES_TO_WHITEN = 1_000
 
 
 def seed_cnn(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
@@ -54,13 +55,12 @@ def seed_cnn(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
     return keras.Sequential([keras.Input(IMAGE_SHAPE), *blocks, *head], name="seed")
 
 
-def airbench(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
+def airbench(num_classes: int, seeds: Callable[[], int], side: int) -> keras.Model:
     """The network of airbench94, with SiLU for GELU and one global max pool: 2.00 M parameters.
 
     Jordan 2024, "94 % on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498, section 3.1.
     """
-    inputs = keras.Input(ANY_SIDE)
-    x = SiLU()(Whitening()(inputs))
+    inputs, x = _whitened(side)
     for width in (64, 256, 256):
         x = _convolution(width, 3, seeds)(x)
         x = layers.MaxPooling2D(2)(x)
@@ -72,15 +72,14 @@ def airbench(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
     )
 
 
-def speedrun(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
+def speedrun(num_classes: int, seeds: Callable[[], int], side: int) -> keras.Model:
     """Three groups of a convolution and a residual pair: 8.61 M parameters.
 
     The network of the CIFAR-100 speedrun's submission NAVIER-STOKED, after futurebiohackers
     (github.com/AIDDA-Institute/CIFAR-100-speedrun): the early, large maps get few and small
     filters, the late ones many.
     """
-    inputs = keras.Input(ANY_SIDE)
-    x = SiLU()(Whitening()(inputs))
+    inputs, x = _whitened(side)
     for width, kernel, middle, pair in (
         (64, 3, 64, (1, 1)),
         (256, 3, 192, (3, 1)),
@@ -94,6 +93,13 @@ def speedrun(num_classes: int, seeds: Callable[[], int]) -> keras.Model:
         x = layers.Add()([x, y])
     pooled = layers.Add()([layers.GlobalMaxPooling2D()(x), layers.GlobalAveragePooling2D()(x)])
     return _classified(inputs, pooled, num_classes, 1.25 / 9, seeds, "speedrun")
+
+
+def _whitened(side: int) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+    inputs = x = keras.Input(ANY_SIDE)
+    if side != IMAGE_SHAPE[0]:
+        x = InferenceSize(side, dtype="float32")(x)
+    return inputs, SiLU()(Whitening()(x))
 
 
 def _convolution(filters: int, kernel: int, seeds: Callable[[], int]) -> keras.Layer:
@@ -119,7 +125,12 @@ BUILDERS: dict[str, Callable[..., keras.Model]] = {
 
 
 def build(
-    name: str, *, num_classes: int = NUM_CLASSES, precision: str = "float32", seed: int = 0
+    name: str,
+    *,
+    num_classes: int = NUM_CLASSES,
+    precision: str = "float32",
+    seed: int = 0,
+    side: int = IMAGE_SHAPE[0],
 ) -> keras.Model:
     """Build an untrained network.
 
@@ -128,6 +139,7 @@ def build(
         num_classes: outputs of the last layer.
         precision: "float32", or "bfloat16" for bfloat16 arithmetic on float32 weights.
         seed: decides the initial weights; the same seed gives the same weights.
+        side: of the images in pixels, to which one of `RESIZABLE` resizes what it is to classify.
 
     Raises:
         KeyError: `name` is not in `BUILDERS` (`recipes` refuses it earlier, with a suggestion).
@@ -137,9 +149,16 @@ def build(
     keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
     try:
         # JAX refuses larger seeds than these.
-        return BUILDERS[name](num_classes, lambda: next(counter) % 2**32)
+        arguments = num_classes, lambda: next(counter) % 2**32
+        return BUILDERS[name](*arguments, *([side] if name in RESIZABLE else []))
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def build_for(recipe: Recipe, precision: str) -> keras.Model:
+    """Build a recipe's untrained network, to compute in "float32" or "bfloat16"."""
+    side = recipe.image_size(recipe.epochs - 1)
+    return build(recipe.model, precision=precision, seed=recipe.seed, side=side)
 
 
 def adapt(model: keras.Model, images: np.ndarray) -> None:

@@ -34,6 +34,7 @@ def orthogonalize(matrix, steps: int):
     return ops.transpose(x) if rows > columns else x
 
 
+@keras.saving.register_keras_serializable("cifar_lib")
 class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """Linearly from 0 to the peak, then linearly to 0, which the step after the last would have.
 
@@ -61,6 +62,7 @@ class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "steps": self.steps, "warmup": self.warmup}
 
 
+@keras.saving.register_keras_serializable("cifar_lib")
 class Muon(keras.optimizers.SGD):
     """Muon for convolution filters, Nesterov SGD for all else.
 

@@ -66,7 +66,8 @@ class Recipe:
             rate, at least 0; not of the filters that Muon moves, which have a fixed norm.
         label_smoothing: share of a label that is spread over all classes, 0 to below 1.
         image_sizes: sides in pixels to which the training images are resized, each for as many
-            epochs; None leaves them at 32. Only for `RESIZABLE` models.
+            epochs; None leaves them at 32. To the last of them, the network resizes what it is
+            to classify. Only for `RESIZABLE` models.
         batch_size: images a step.
         epochs: passes over the training images.
         early_stopping_patience: stop after so many epochs without a lower validation loss and go
@@ -328,21 +329,31 @@ RECIPES: dict[str, Recipe] = {
         Recipe(),
         # The same before the calibration, with the learning rate of that example.
         Recipe(name="seed-provisional", learning_rate=1e-4),
+        # The shortest way to the deck's 61.87 % on two cores. Network, augmentation, optimiser,
+        # schedule and label smoothing are those of the CIFAR-100 speedrun's NAVIER-STOKED; its
+        # weight decay of 5e-4 is that of PyTorch's SGD with momentum 0.9, ten times as much in
+        # Keras' terms. Sizes, batch size and learning rates were chosen on validation images:
+        # results/tried.csv. Batches of 250 and 1,000 divide 45,000 and 50,000, so that nothing is
+        # compiled again for a last, smaller batch.
         Recipe(
             name="fast",
             model="speedrun",
             augmentation="crop_flip",
             optimizer="muon",
-            learning_rate=1.38,
-            filter_learning_rate=0.18,
+            learning_rate=0.5,
+            filter_learning_rate=0.1,
             schedule="linear",
             warmup=0.25,
             weight_decay=5e-3,
             label_smoothing=0.25,
-            batch_size=1_024,
+            batch_size=250,
             epochs=4,
-            image_sizes=(20, 20, 24, 28),
+            image_sizes=(16, 16, 20, 24),
+            protocol="final",
         ),
+        # More than 75.72 %, the best accuracy that the deck knows of: the same with the rates, the
+        # batch size and the sizes of NAVIER-STOKED, whose authors tuned them with up to 40 seeds,
+        # and about as many epochs as they report to help.
         Recipe(
             name="accurate",
             model="speedrun",
@@ -354,9 +365,10 @@ RECIPES: dict[str, Recipe] = {
             warmup=0.25,
             weight_decay=5e-3,
             label_smoothing=0.25,
-            batch_size=1_024,
-            epochs=10,
-            image_sizes=(20, 20, 24, 24, 24, 32, 32, 32, 32, 32),
+            batch_size=1_000,
+            epochs=12,
+            image_sizes=(20, 24, 24, 32, 32, 32),
+            protocol="final",
         ),
         # The deck's network in the few minutes that the demo has: Adam at Keras' default rate
         # learns more in its first thousand steps; no augmentation, since pictures hardly recur.

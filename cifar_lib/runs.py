@@ -113,8 +113,11 @@ class Run:
     def metrics(self) -> dict:
         """Final numbers: "test" and "validation" are what `evaluation.evaluate` gives.
 
-        "test" is missing if the recipe's `test_size` is 0. "stopped" is None if all epochs were
-        run, else what ended training: "early stopping" or "stop file".
+        "test" is missing if the recipe's `test_size` is 0; "test_flip", of the protocol "final"
+        alone, averages with the mirror images. "setup_seconds" (data, building, compiling),
+        "train_seconds" (all steps, the compilation for every image size included) and
+        "evaluation_seconds" (one view of every image) leave out imports. "stopped" is None if all
+        epochs were run, else what ended training: "early stopping" or "stop file".
         """
         return json.loads(self._text("metrics.json"))
 
@@ -292,7 +295,7 @@ def network(
     """
     from cifar_lib import models
 
-    model = models.build(recipe.model, precision=precision)
+    model = models.build_for(recipe, precision)
     assign(model.weights, list(arrays.values()), source)
     return model
 

@@ -87,15 +87,17 @@ def train(
             print(f"{run_dir} holds this run already, finished.")
             return run
         (run_dir / "failure.json").unlink(missing_ok=True)
+        began = time.perf_counter()
         dataset = _recipes_dataset(recipe, dataset)
         splits = data.make_splits(dataset, **recipe.split_choices)
         precision = backend.resolve_precision(recipe.precision)
-        model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+        model = models.build_for(recipe, precision)
         compile_model(model, recipe, steps=-(-len(splits.train) // recipe.batch_size))
         environment = backend.describe(precision) | {"data": dataset.digests}
         recorder = Recorder(run_dir, recipe, environment)
+        setup_seconds = time.perf_counter() - began
         recorder.fit(model, splits)
-        _finish(run, model, splits, dataset, recorder)
+        _finish(run, model, splits, dataset, recorder, setup_seconds)
     return run
 
 
@@ -147,7 +149,8 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
     )
 
 
-def _training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> augmentation.Batches:
+def training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> augmentation.Batches:
+    """The batches that a recipe trains on, with images of `size` pixels a side."""
     return augmentation.Batches(
         train,
         recipe.batch_size,
@@ -170,9 +173,9 @@ def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> 
     """
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches = _training_batches(recipe, train)
+    batches = training_batches(recipe, train)
     precision = backend.resolve_precision(recipe.precision)
-    model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    model = models.build_for(recipe, precision)
     models.adapt(model, train.images)
     compile_model(model, recipe, steps=len(batches))
     seconds: list[float] = []
@@ -183,6 +186,24 @@ def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> 
         seconds.append(time.perf_counter() - began)
         number += 1
     return statistics.median(seconds[STEPS_TO_WARM_UP:])
+
+
+class EarlyStopping(keras.callbacks.EarlyStopping):
+    """Keras', but over all calls of `fit` that make a run: `Recorder` restores the best weights.
+
+    Args:
+        patience: epochs without a lower validation loss.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", patience=patience, restore_best_weights=True)
+        super().on_train_begin()
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Forget nothing of the calls before."""
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Leave the last weights to the call that follows."""
 
 
 class Recorder(keras.callbacks.Callback):
@@ -206,11 +227,9 @@ class Recorder(keras.callbacks.Callback):
         self.checkpoint = run_dir / "checkpoint.npz"
         self.history: list[dict[str, float]] = []
         self.stopped: str | None = None
-        self.early_stopping: keras.callbacks.EarlyStopping | None = None
+        self.early_stopping: EarlyStopping | None = None
         if recipe.early_stopping_patience:
-            self.early_stopping = keras.callbacks.EarlyStopping(
-                "val_loss", patience=recipe.early_stopping_patience, restore_best_weights=True
-            )
+            self.early_stopping = EarlyStopping(recipe.early_stopping_patience)
 
     def fit(self, model: keras.Model, splits: data.Splits) -> None:
         """Train from the last finished epoch to the end."""
@@ -241,7 +260,7 @@ class Recorder(keras.callbacks.Callback):
         more = itertools.takewhile(
             lambda epoch: recipe.image_size(epoch) == size, range(done, recipe.epochs)
         )
-        self.batches = _training_batches(recipe, splits.train, size)
+        self.batches = training_batches(recipe, splits.train, size)
         # Each size has its own compiled step, in which it is a constant.
         model.make_train_function(force=True)
         validation = splits.validation
@@ -256,12 +275,6 @@ class Recorder(keras.callbacks.Callback):
             shuffle=False,
             verbose=0,
         )
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        # Keras' early stopping has just forgotten the epochs before.
-        if self.early_stopping and self.history:
-            for name, value in self._early_stopping_state.items():
-                setattr(self.early_stopping, name, value)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.batches.epoch = self.epoch = epoch
@@ -337,8 +350,9 @@ class Recorder(keras.callbacks.Callback):
         runs.assign(self.model.optimizer.variables, groups["optimizer"], self.checkpoint)
         self.history, self.stopped = state["history"], state["stopped"]
         if self.early_stopping:
-            self._early_stopping_state = state["early_stopping"] | {"best_weights": groups["best"]}
-            self.on_train_begin()
+            stored = state["early_stopping"] | {"best_weights": groups["best"]}
+            for name, value in stored.items():
+                setattr(self.early_stopping, name, value)
         print(f"Continuing {self.run_dir} after epoch {len(self.history)}.", flush=True)
         differences = [
             f"{key} was {before!r} and is {self.environment.get(key)!r}"
@@ -414,6 +428,7 @@ def _finish(
     splits: data.Splits,
     dataset: data.Dataset,
     recorder: Recorder,
+    setup_seconds: float,
 ) -> None:
     """Test the network, write what is left to write, and give up the checkpoint."""
     predictions, metrics = {}, {}
@@ -421,6 +436,7 @@ def _finish(
     tested = (
         [splits.test] if recorder.recipe.protocol != "holdout" else [splits.validation, splits.test]
     )
+    began = time.perf_counter()
     for split in filter(len, tested):
         probabilities = evaluation.predict(model, split.images)
         metrics[split.name] = evaluation.evaluate(
@@ -431,6 +447,13 @@ def _finish(
             f"{split.name}_labels": split.fine_labels,
             f"{split.name}_indices": split.indices,
         }
+    seconds = {"setup": setup_seconds, "evaluation": time.perf_counter() - began}
+    if recorder.recipe.protocol == "final":
+        # Test-time averaging over mirror images, always reported apart from a single view.
+        averaged = evaluation.predict(model, splits.test.images, flip=True)
+        metrics["test_flip"] = evaluation.evaluate(
+            averaged, splits.test.fine_labels, dataset.superclass_of
+        )
     history = pd.DataFrame(recorder.history)
     best = history["val_accuracy"].idxmax() if "val_accuracy" in history else None
     metrics |= {
@@ -441,7 +464,7 @@ def _finish(
         "best_epoch": None if best is None else int(history["epoch"][best]),
         "weights_epoch": recorder.weights_epoch,
         "train_seconds": float(history["train_seconds"].sum()),
-    }
+    } | {f"{name}_seconds": round(value, 3) for name, value in seconds.items()}
     runs.write_arrays(run.path / "predictions.npz", predictions)
     runs.write_arrays(run.path / "weights.npz", _numbered("", model.weights))
     runs.write_json(run.path / "metrics.json", metrics)
@@ -495,9 +518,9 @@ def range_test(
         raise RecipeError(f"steps is {steps}; a range of learning rates needs 2 or more.")
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches = _training_batches(recipe, train)
+    batches = training_batches(recipe, train)
     precision = backend.resolve_precision(recipe.precision)
-    model = models.build(recipe.model, precision=precision, seed=recipe.seed)
+    model = models.build_for(recipe, precision)
     models.adapt(model, train.images)
     # Keras lets the rate be set only where no schedule sets it.
     constant = recipe.replace(schedule="constant", warmup=0.0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pandas as pd
 
@@ -17,11 +18,16 @@ from cifar_lib.reports import percent
 NOTEBOOKS = ROOT / "notebooks"
 DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.5597}
 
-#: The runs whose results the repository holds, by the name that its pages give them.
-REFERENCE = {"seed-provisional, 14 of 139 epochs": recipes.get("seed-provisional", epochs=14)}
+#: The runs whose results the repository holds, one a seed, by the name that its pages give them;
+#: the pages show the first of each.
+REFERENCE = {
+    "seed-provisional, 14 of 139 epochs": [recipes.get("seed-provisional", epochs=14)],
+    "fast": [recipes.get("fast", seed=seed) for seed in range(3)],
+    "accurate": [recipes.get("accurate", seed=seed) for seed in range(2)],
+}
 
 #: The networks that `weights/` publishes, by name: the recipe of each one's run.
-WEIGHTS: dict[str, recipes.Recipe] = {}
+WEIGHTS = {"accurate": REFERENCE["accurate"][0]}
 
 #: The studies whose results the repository holds, in the order in which they follow each other.
 STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")
@@ -237,9 +243,12 @@ def reference(runs_dir: Path) -> Path:
     """
     from cifar_lib import sweeps
 
-    shown = [train(recipe, runs_dir, ROOT / "figures") for recipe in REFERENCE.values()]
+    trained = {
+        name: [train(recipe, runs_dir, ROOT / "figures") for recipe in of_seeds]
+        for name, of_seeds in REFERENCE.items()
+    }
     results = ROOT / "results"
-    for run in shown:
+    for run in itertools.chain(*trained.values()):
         folder = results / run.name
         folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
@@ -261,9 +270,9 @@ def reference(runs_dir: Path) -> Path:
     tables = readme_tables(results)
     readme = ROOT / "README.md"
     runs.write_atomically(readme, with_tables(readme.read_text("utf-8"), tables).encode())
-    introduction = "\n".join(f"- `{recipe.run_name}`: {name}" for name, recipe in REFERENCE.items())
+    introduction = "\n".join(f"- `{first.name}`: {name}" for name, (first, *_) in trained.items())
     return report(
-        shown,
+        [first for first, *_ in trained.values()],
         ROOT / "reports",
         title="CIFAR-100 reference report",
         introduction=introduction,
@@ -286,23 +295,7 @@ def readme_tables(results: Path) -> dict[str, str]:
             "loss": f"{DECK['loss']:.4f}",
         }
     ]
-    for name, recipe in REFERENCE.items():
-        folder = results / recipe.run_name
-        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-        environment = json.loads((folder / "environment.json").read_text("utf-8"))
-        test = metrics["test"]
-        rows.append(
-            {
-                "network": name,
-                "epochs": metrics["epochs_run"],
-                "accuracy": f"{percent(test['accuracy'])} ({percent(test['accuracy_low'])} to "
-                f"{percent(test['accuracy_high'])})",
-                "loss": f"{test['loss']:.4f}",
-                "top-5": percent(test["top5_accuracy"]),
-                "training": f"{metrics['train_seconds'] / 60:.0f} minutes on "
-                f"{environment['threads']} cores in {environment['precision']}",
-            }
-        )
+    rows += [_results_row(name, of_seeds, results) for name, of_seeds in REFERENCE.items()]
     tables = {"results": pd.DataFrame(rows).fillna("")}
 
     tables["calibration"] = pd.DataFrame(
@@ -335,6 +328,33 @@ def readme_tables(results: Path) -> dict[str, str]:
         for name, row in loading["seconds"].items()
     )
     return {name: reports.markdown_table(table) for name, table in tables.items()}
+
+
+def _results_row(name: str, of_seeds: Sequence[recipes.Recipe], results: Path) -> dict[str, object]:
+    """What the runs of a recipe reached, in a row of the README."""
+    metrics, environments = (
+        [json.loads((results / recipe.run_name / file).read_text("utf-8")) for recipe in of_seeds]
+        for file in ("metrics.json", "environment.json")
+    )
+    accuracies = [run["test"]["accuracy"] for run in metrics]
+    if len(of_seeds) > 1:
+        spread = f"{percent(min(accuracies))} to {percent(max(accuracies))}, {len(of_seeds)} seeds"
+    else:
+        test = metrics[0]["test"]
+        spread = f"{percent(test['accuracy_low'])} to {percent(test['accuracy_high'])}"
+    row = {
+        "network": name,
+        "protocol": of_seeds[0].protocol,
+        "epochs": metrics[0]["epochs_run"],
+        "accuracy": f"{percent(mean(accuracies))} ({spread})",
+        "loss": f"{mean(run['test']['loss'] for run in metrics):.4f}",
+        "top-5": percent(mean(run["test"]["top5_accuracy"] for run in metrics)),
+        "training": f"{mean(run['train_seconds'] for run in metrics) / 60:.1f} minutes on "
+        f"{environments[0]['threads']} cores in {environments[0]['precision']}",
+    }
+    if "test_flip" in metrics[0]:
+        row["with mirror images"] = percent(mean(run["test_flip"]["accuracy"] for run in metrics))
+    return row
 
 
 def _calibration_row(found: calibration.Results) -> dict[str, object]:

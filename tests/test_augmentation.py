@@ -1,5 +1,7 @@
 """Augmentation: the deck's ImageDataGenerator, the same as layers, and the batches."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -165,6 +167,50 @@ def test_what_goes_in_and_numpys_global_generator_stay_as_they_are(policies, nam
     np.testing.assert_array_equal(split.images, before)
 
 
+VIEWS = [(down, right, flip) for down in range(5) for right in range(5) for flip in (False, True)]
+
+
+def views_found(policies, images: np.ndarray, epoch: int, indices: np.ndarray) -> list[tuple]:
+    """Which of `VIEWS`, made by hand, each image became under "crop_flip"."""
+    out = policies["crop_flip"](images, 3, epoch, indices)
+    found = []
+    for image, ours in zip(images, out, strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
+        views = [padded[down : down + 32, right : right + 32] for down, right, _ in VIEWS]
+        views = [v[:, ::-1] if flip else v for v, (*_, flip) in zip(views, VIEWS, strict=True)]
+        [row] = np.flatnonzero(np.abs(np.array(views) / 255 - ours).max(axis=(1, 2, 3)) < 1e-6)
+        found.append(VIEWS[row])
+    return found
+
+
+def test_crop_flip_shifts_by_whole_pixels_and_mirrors_the_border(policies):
+    found = views_found(policies, noise(400), 0, np.arange(400))
+    counts = np.array([found.count(view) for view in VIEWS])
+    assert counts.min() > 0 and stats.chisquare(counts).pvalue > 1e-3, "all alike"
+    assert stats.binomtest(sum(flip for *_, flip in found), 400).pvalue > 1e-3
+
+
+def test_crop_flip_shows_both_orientations_in_turn(policies):
+    indices = np.random.default_rng(1).permutation(50_000)[:60]
+    found = [views_found(policies, noise(60), epoch, indices) for epoch in range(4)]
+    flips = np.array([[flip for *_, flip in views] for views in found])
+    np.testing.assert_array_equal(flips[1:], ~flips[:-1])
+    shifts = [[shift for *shift, _ in views] for views in found]
+    for one, other in itertools.pairwise(shifts):
+        assert np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.2, "drawn anew"
+
+
+@pytest.mark.parametrize("size", [12, 17, 24, 32, 40])
+def test_resizing_is_keras_own(size):
+    images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
+    expected = keras.ops.image.resize(images, (size, size), antialias=True)
+    found = augmentation.resize(images, size)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(expected), atol=1e-6)
+    if size == 32:
+        np.testing.assert_array_equal(found, images)
+
+
 def read(batches: Batches, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     batches.epoch = epoch
     images, labels = zip(*(batches[n] for n in range(len(batches))), strict=True)
@@ -193,6 +239,29 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     batches = Batches(split, 32, seed=1, shuffle=True)
     read(batches, 0)
     assert list(read(batches, 3)[1]) == order(32, 1, 3), "earlier epochs leave no trace"
+
+
+def test_batches_are_of_the_size_that_is_asked_for(policies):
+    split = make_split(9)
+    choices = {"seed": 1, "shuffle": True}
+    whole, labels = read(Batches(split, 4, policies["crop_flip"], **choices), 2)
+    small, same_labels = read(Batches(split, 4, policies["crop_flip"], size=20, **choices), 2)
+    np.testing.assert_array_equal(labels, same_labels)
+    expected = keras.ops.image.resize(whole, (20, 20), antialias=True)
+    np.testing.assert_allclose(small, keras.ops.convert_to_numpy(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_smoothed_labels_are_probabilities(smoothing):
+    split = make_split(99)
+    images, targets = read(Batches(split, 50, label_smoothing=smoothing), 0)
+    np.testing.assert_array_equal(images, read(Batches(split, 50), 0)[0])
+    assert targets.dtype == np.float32
+    # 1 - a at the label, and the share a over all 100 classes, the label's own among them.
+    expected = (1 - smoothing) * np.eye(100)[split.fine_labels] + smoothing / 100
+    np.testing.assert_allclose(targets, expected, atol=1e-7)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
+    assert (targets.argmax(axis=1) == split.fine_labels).all()
 
 
 def test_any_number_of_workers_trains_in_the_same_order(policies):

@@ -62,7 +62,7 @@ def test_help_of_train_lists_every_choice():
     shown = help_of("train")
     for option in ("--learning-rate FLOAT", "--epochs INT", "--classes CLASS", "--protocol STR"):
         assert option in shown
-    assert "recipes: seed, seed-provisional, quick" in shown
+    assert "recipes: seed, seed-provisional, fast, accurate, quick" in shown
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,18 @@ from cifar_lib import ROOT, calibration, data, recipes
 from cifar_lib.recipes import Recipe, RecipeError
 
 FIELDS = [field.name for field in dataclasses.fields(Recipe)]
-# A value that the recipe "seed" does not have, for every field.
+# A value that the recipe "seed" does not have, for every field that stands alone.
 OTHER = {
     "name": "other",
     "dataset": "synthetic",
+    "model": "airbench",
     "augmentation": "none",
     "optimizer": "adam",
     "learning_rate": 2e-4,
     "schedule": "cosine",
     "decay": 0.0,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
     "batch_size": 33,
     "epochs": 140,
     "early_stopping_patience": 3,
@@ -34,23 +37,48 @@ OTHER = {
     "test_size": 10_000,
     "classes": data.class_names("cifar100")[:21],
 }
+# Those that need another beside them.
+TOGETHER = [
+    {"optimizer": "muon", "filter_learning_rate": 0.1},
+    {"optimizer": "muon", "filter_learning_rate": 0.2},
+    {"schedule": "cosine", "warmup": 0.1},
+    {"model": "airbench", "image_sizes": (24, 32)},
+    {"model": "airbench", "image_sizes": (32, 24)},
+]
 
-made = st.builds(
-    Recipe,
-    name=st.text(min_size=1),
-    augmentation=st.sampled_from(recipes.AUGMENTATIONS),
-    optimizer=st.sampled_from(recipes.OPTIMIZERS),
-    learning_rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-    schedule=st.sampled_from(recipes.SCHEDULES),
-    decay=st.floats(min_value=0, allow_infinity=False),
-    epochs=st.integers(min_value=1),
-    precision=st.sampled_from(recipes.PRECISIONS),
-    seed=st.integers(min_value=0),
-    train_size=st.none() | st.integers(32, 40_000),
-    protocol=st.sampled_from(recipes.PROTOCOLS),
-    test_size=st.none() | st.integers(1, 10_000),
-    batch_size=st.integers(1, 32),
+rates = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+shares = st.floats(0, 1, exclude_max=True)
+SOLE = ("adam", "rmsprop", "sgd")
+together = st.one_of(
+    st.builds(dict, optimizer=st.sampled_from(SOLE), schedule=st.sampled_from(recipes.SCHEDULES)),
+    st.builds(
+        dict,
+        optimizer=st.just("muon"),
+        filter_learning_rate=rates,
+        schedule=st.sampled_from(("cosine", "linear")),
+        warmup=shares,
+        model=st.sampled_from(recipes.RESIZABLE),
+        image_sizes=st.none() | st.lists(st.integers(12, 32), min_size=1, max_size=3),
+    ),
 )
+alone = st.fixed_dictionaries(
+    {
+        "name": st.text(min_size=1),
+        "augmentation": st.sampled_from(recipes.AUGMENTATIONS),
+        "learning_rate": rates,
+        "decay": st.floats(min_value=0, allow_infinity=False),
+        "weight_decay": st.floats(min_value=0, allow_infinity=False),
+        "label_smoothing": shares,
+        "epochs": st.integers(min_value=3),
+        "precision": st.sampled_from(recipes.PRECISIONS),
+        "seed": st.integers(min_value=0),
+        "train_size": st.none() | st.integers(32, 40_000),
+        "protocol": st.sampled_from(recipes.PROTOCOLS),
+        "test_size": st.none() | st.integers(1, 10_000),
+        "batch_size": st.integers(1, 32),
+    }
+)
+made = st.builds(lambda one, other: Recipe(**one, **other), alone, together)
 
 
 @settings(deadline=None)
@@ -60,10 +88,15 @@ def test_json_keeps_every_choice(recipe):
     assert Recipe.from_json(recipe.to_json()).run_name == recipe.run_name
 
 
-def test_json_keeps_a_tuple_of_classes():
-    recipe = Recipe(classes=OTHER["classes"])
-    assert isinstance(json.loads(recipe.to_json())["classes"], list)
+@pytest.mark.parametrize(
+    "choice", [{"classes": OTHER["classes"]}, {"model": "speedrun", "image_sizes": (20, 24, 32)}]
+)
+def test_json_keeps_a_tuple(choice):
+    recipe = Recipe(**choice)
+    *_, field = choice
+    assert json.loads(recipe.to_json())[field] == list(choice[field])
     assert Recipe.from_json(recipe.to_json()) == recipe
+    assert getattr(Recipe.from_json(recipe.to_json()), field) == choice[field]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +143,44 @@ def test_json_keeps_a_tuple_of_classes():
         ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', of type str; it must be float"),
         ({"train_size": 64.0}, r"train_size is 64\.0, of type float; it must be int or None"),
         ({"model": None}, "model is None, of type NoneType; it must be str"),
+        ({"optimizer": "muon"}, r"filter_learning_rate is None; .*'muon' needs .* such as 0\.18"),
+        (
+            {"optimizer": "muon", "filter_learning_rate": -0.1},
+            r"filter_learning_rate is -0\.1; .* a finite number above 0",
+        ),
+        (
+            {"optimizer": "muon", "filter_learning_rate": float("nan")},
+            "filter_learning_rate is nan; .* a finite number above 0",
+        ),
+        (
+            {"optimizer": "sgd", "filter_learning_rate": 0.1},
+            r"filter_learning_rate is 0\.1, .*'sgd' has one.* Use .*'muon', or .*=None",
+        ),
+        (
+            {"schedule": "constant", "warmup": 0.1},
+            r"warmup is 0\.1, .*'constant' has none\. Use 'cosine' or 'linear', or warmup=0",
+        ),
+        ({"warmup": 0.1}, "the schedule 'inverse_time' has none"),
+        ({"schedule": "linear", "warmup": 1.0}, r"warmup is 1\.0; it must be in 0\.\.1, below 1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; it must be in 0\.\.1, below 1"),
+        ({"label_smoothing": -0.1}, r"label_smoothing is -0\.1; it must be in 0\.\.1"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1\.0; .* 0 or more"),
+        (
+            {"image_sizes": [24, 32]},
+            r"image_sizes is \(24, 32\), .*'seed' takes .* 32 pixels alone\. "
+            "Use one of airbench, speedrun, or image_sizes=None",
+        ),
+        (
+            {"model": "airbench", "image_sizes": [24, 33]},
+            r"image_sizes has 33; a side must be in 12\.\.32",
+        ),
+        ({"model": "airbench", "image_sizes": [11]}, r"image_sizes has 11; .* 12\.\.32"),
+        (
+            {"model": "airbench", "image_sizes": [20, 24, 32], "epochs": 2},
+            "image_sizes has 3 sizes for 2 epochs; .* 1 to as many as there are epochs",
+        ),
+        ({"model": "airbench", "image_sizes": []}, "image_sizes has 0 sizes for 139 epochs"),
+        ({"model": "airbench", "image_sizes": [24.0]}, r"image_sizes is \[24\.0\], of type list"),
         ({"classes": "apple"}, "classes is 'apple', of type str"),
         ({"classes": ["apple", 3]}, "classes is .*, of type list"),
     ],
@@ -133,11 +204,35 @@ def test_types_that_lose_nothing_are_taken():
 
 
 def test_every_choice_is_in_the_run_name():
-    assert set(OTHER) == set(FIELDS) - {"model"}, "there is one model only"
+    changes = [{field: OTHER[field]} for field in OTHER] + TOGETHER
+    assert {field for change in changes for field in change} == set(FIELDS)
     base = Recipe()
-    names = [base.run_name] + [base.replace(**{field: OTHER[field]}).run_name for field in OTHER]
+    names = [base.run_name] + [base.replace(**change).run_name for change in changes]
     assert len(set(names)) == len(names)
     assert base.replace().run_name == base.run_name
+
+
+def test_runs_from_before_a_choice_keep_their_names():
+    # The folder of a reference result that was made before the later choices came.
+    name = "seed-provisional-holdout-seed0-12cf3668"
+    assert recipes.get("seed-provisional", epochs=14).run_name == name
+    assert (ROOT / "results" / name).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "epochs", "expected"),
+    [
+        (None, 3, [32, 32, 32]),
+        ((24,), 2, [24, 24]),
+        ((20, 20, 24, 28), 4, [20, 20, 24, 28]),
+        ((16, 32), 6, [16, 16, 16, 32, 32, 32]),
+        ((16, 32), 5, [16, 16, 16, 32, 32]),
+        ((16, 24, 32), 4, [16, 16, 24, 32]),
+    ],
+)
+def test_each_image_size_is_for_as_many_epochs(sizes, epochs, expected):
+    recipe = Recipe(model="airbench", image_sizes=sizes, epochs=epochs)
+    assert [recipe.image_size(epoch) for epoch in range(epochs)] == expected
 
 
 def test_the_run_name_is_the_same_in_every_process():

@@ -36,8 +36,8 @@ SMALL = {
     "epochs": 3,
     "learning_rate": 1e-4,
 }
-# Together: every augmentation, optimiser, schedule, precision and protocol, and early stopping.
-# All have dropout.
+# Together: every augmentation, optimiser, schedule, precision and protocol that the deck's network
+# is trained with, and early stopping. All have dropout.
 RECIPES = {
     "seed": {"optimizer": "adam", "schedule": "cosine", "precision": "float32"},
     "none": {"optimizer": "rmsprop", "precision": "bfloat16", "protocol": "final"},
@@ -62,7 +62,8 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
     choices = []
     for field, value in asdict(recipe).items():
         if value != usual[field]:
-            choices += [f"--{field.replace('_', '-')}", str(value)]
+            values = value if isinstance(value, tuple) else [value]
+            choices += [f"--{field.replace('_', '-')}", *map(str, values)]
     place = ["--runs-dir", str(folder.parent), "--run-name", folder.name]
     return ["-m", "cifar_lib", "train", "seed", *choices, *place]
 
@@ -256,6 +257,25 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
     capsys.readouterr()
 
 
+def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_path):
+    fast = {"model": "airbench", "augmentation": "crop_flip", "image_sizes": (16, 12)}
+    fast |= {"optimizer": "muon", "filter_learning_rate": 0.1, "label_smoothing": 0.2}
+    fast |= {"schedule": "linear", "warmup": 0.25, "weight_decay": 5e-3, "precision": "bfloat16"}
+    sizes = {"learning_rate": 0.5, "batch_size": 20, "epochs": 8, "early_stopping_patience": 7}
+    recipe = recipes.get("seed", **SMALL | fast | sizes)
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    # The second attempt goes from one size to the other, the third begins with the other.
+    for stored in (1, 5):
+        with started(command(recipe, folder), log) as process:
+            wait_for(process, lambda stored=stored: epochs_stored(folder) >= stored, log)
+            process.kill()
+    assert runs.load(folder).state == "interrupted"
+    whole = training.train(recipe, tmp_path / "whole", dataset=synthetic)
+    assert_same(training.train(recipe, folder, dataset=synthetic), whole)
+    # Nothing is forgotten where the size changes.
+    assert whole.metrics["weights_epoch"] == whole.history["val_loss"].argmin() + 1
+
+
 def test_early_stopping_goes_back_to_the_best_weights(undisturbed):
     run, _ = undisturbed["shift_flip"]
     history = run.history
@@ -345,6 +365,46 @@ def test_the_learning_rate_follows_the_schedule(undisturbed):
     # As in the Keras of 2018: lr / (1 + decay * iterations).
     np.testing.assert_allclose(rates["none"], 1e-4 / (1 + 1e-6 * steps), rtol=1e-6)
     np.testing.assert_allclose(rates["seed_layers"], 1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_rises_to_its_highest_and_falls_to_zero(schedule):
+    recipe = recipes.get("seed", schedule=schedule, warmup=0.25, learning_rate=0.1, epochs=4)
+    model = models.build("airbench")
+    training.compile_model(model, recipe, steps=10)
+    rates = []
+    for step in range(41):
+        model.optimizer.iterations.assign(step)
+        rates.append(float(model.optimizer.learning_rate))
+    # As documented: a quarter of the 40 steps up, the others down.
+    assert max(rates) == rates[10] == pytest.approx(0.1)
+    assert (np.diff(rates[:10]) > 0).all() and (np.diff(rates[10:]) < 0).all()
+    assert rates[40] == pytest.approx(0, abs=1e-8)
+    middle = 0.05  # of either curve: half of the highest, half way down
+    assert rates[25] == pytest.approx(middle, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_weight_decay_takes_from_kernels_alone(optimizer):
+    filter_rate = {"filter_learning_rate": 1e-9} if optimizer == "muon" else {}
+    choices = {"schedule": "constant", "learning_rate": 0.5, "optimizer": optimizer} | filter_rate
+    model = models.build("airbench", num_classes=4)
+    random = np.random.default_rng(0)
+    before = [random.normal(size=variable.shape) for variable in model.trainable_variables]
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        variable.assign(value)
+    # With no gradient, half of all that decays is left.
+    training.compile_model(model, recipes.get("seed", weight_decay=1.0, **choices), steps=1)
+    zeros = [np.zeros(variable.shape, "float32") for variable in model.trainable_variables]
+    model.optimizer.apply(zeros, model.trainable_variables)
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        if value.ndim == 4 and optimizer == "muon":  # it gives them a norm of its own
+            share = value.shape[-1] ** 0.5 / np.linalg.norm(value)
+        else:
+            share = 1 if value.ndim == 1 else 0.5
+        np.testing.assert_allclose(
+            variable.numpy(), share * value, rtol=1e-5, err_msg=variable.path
+        )
 
 
 def test_the_environment_is_recorded(undisturbed, synthetic):
@@ -581,9 +641,7 @@ def test_no_rate_is_suggested_where_the_loss_never_fell(rise, steps):
 
 
 def test_the_command_line_writes_a_range_test(synthetic, tmp_path, capsys):
-    choices = [*command(recipes.get("seed", **EASY), tmp_path / "unused")[4:-4]]
-    at = choices.index("--classes")
-    choices[at + 1 : at + 2] = EASY["classes"]
+    choices = command(recipes.get("seed", **EASY), tmp_path / "unused")[4:-4]
     range_test = ["range-test", "seed", *choices, "--runs-dir", str(tmp_path), "--steps", "15"]
     path = tmp_path / "range_tests" / f"{recipes.get('seed', **EASY).run_name}.csv"
 
