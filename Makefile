@@ -5,6 +5,8 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# An interpreter that has PyTorch; where there is none, nothing is compared with it.
+TORCH_PYTHON ?= $(RUN)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # The first of these whose version is supported makes .venv.
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
@@ -36,6 +38,7 @@ reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ agai
 	$(RUN) benchmarks/data_loading.py --out results/benchmarks/data_loading.json
 	$(RUN) benchmarks/augmentation.py --out results/benchmarks/augmentation.json
 	$(RUN) benchmarks/throughput.py --out results/benchmarks/throughput.json
+	$(RUN) benchmarks/pytorch.py --torch-python $(TORCH_PYTHON) --out results/benchmarks/pytorch.json
 	$(RUN) benchmarks/sweeps.py --out results/benchmarks/sweeps.json
 	$(RUN) -m cifar_lib reference $(ARGS)
 

@@ -158,10 +158,11 @@ def main() -> None:
     with benchmark.Processes(options.backends) as processes:
         environments = {b: processes.ask(b, benchmark.describe) for b in processes.processes}
         ours = [processes.ask(backend, sizes) for backend in processes.processes]
-        described = [about for about in environments.values() if about]
-        if not described:
+        environments = {b: environments[b] for b in environments if environments[b]}
+        if not environments:
             raise SystemExit(f"No backend of Keras could be measured: {processes.failures}")
-        torch = PyTorch(options.torch_python, described[0]["threads"])
+        threads = next(iter(environments.values()))["threads"]
+        torch = PyTorch(options.torch_python, threads)
         for counted in filter(None, ours):
             if counted != torch.about["networks"]:
                 raise SystemExit(f"The networks differ: {counted}, {torch.about['networks']}")

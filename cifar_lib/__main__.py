@@ -389,12 +389,18 @@ def _benchmark(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in ("seconds", "rounds", "backends")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     table = benchmark.run(options.out, options.names, **chosen)
-    whole, percent = "{:,.0f}".format, "{:.1%}".format
-    rates = ("images_per_second", "lowest", "highest", "trained_images_per_second")
-    formats = dict.fromkeys((*rates, "seconds_per_epoch"), whole) | {"feeding_share": percent}
-    table.columns = [name.replace("_", " ") for name in table]
-    formats = {name.replace("_", " "): form for name, form in formats.items()}
-    print("", table.to_string(index=False, formatters=formats), "", sep="\n")
+    whole = "{:,.0f}".format
+    shown = {
+        "image_size": ("pixels", str),
+        "images_per_second": ("images/s", whole),
+        "trained_images_per_second": ("without feeding", whole),
+        "feeding_share": ("feeding", "{:.1%}".format),
+        "seconds_per_epoch": ("s an epoch", whole),
+        "compile_seconds": ("s to compile", whole),
+    }
+    table = table[["recipe", "backend", "precision", *shown]]
+    table = table.rename(columns={name: title for name, (title, _) in shown.items()})
+    print("", table.to_string(index=False, formatters=dict(shown.values())), "", sep="\n")
     print(*(options.out / f"benchmark.{kind}" for kind in ("csv", "json", "png")), sep="\n")
 
 

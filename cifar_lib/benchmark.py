@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import math
 import multiprocessing
 import os
@@ -75,6 +76,8 @@ class Processes(contextlib.ExitStack):
 
 def _choose(backend: str) -> None:
     os.environ["KERAS_BACKEND"] = backend
+    # That each of many networks has a step of its own is no mistake to warn of.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def describe() -> dict:

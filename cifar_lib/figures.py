@@ -113,6 +113,50 @@ def _curves(axes: Axes, history: pd.DataFrame, metric: str) -> None:
 
 
 @matplotlib.rc_context(_STYLE)
+def accuracy_by_minutes(runs: pd.DataFrame, marks: Mapping[str, float], title: str) -> Figure:
+    """Draw the test accuracy of runs against the minutes that their training took.
+
+    `runs` has a row a run: `recipe`, `minutes`, `accuracy` with its interval `accuracy_low` to
+    `accuracy_high`. `marks` gives accuracies to draw as lines, by what they are called.
+    Raises ValueError if there is no run.
+    """
+    if runs.empty:
+        raise ValueError("nothing to draw: no run given")
+    figure = _figure(6.5, 4.6, layout="constrained")
+    axes = figure.subplots()
+    recipes = runs.groupby("recipe", sort=False)
+    markers = itertools.cycle("osD^vP")
+    for (recipe, of_recipe), color, marker in zip(
+        recipes, itertools.cycle(_PALETTE[:7]), markers, strict=False
+    ):
+        below = of_recipe["accuracy"] - of_recipe["accuracy_low"]
+        above = of_recipe["accuracy_high"] - of_recipe["accuracy"]
+        seeds = f", {len(of_recipe)} seeds" if len(of_recipe) > 1 else ""
+        axes.errorbar(
+            of_recipe["minutes"],
+            of_recipe["accuracy"],
+            yerr=[below, above],
+            fmt=marker,
+            color=color,
+            capsize=3,
+            label=f"{recipe}{seeds}",
+        )
+    for (name, accuracy), style in zip(marks.items(), itertools.cycle((":", "--")), strict=False):
+        axes.axhline(accuracy, color=DECK, linestyle=style, label=f"{name}, {accuracy:.2%}")
+    axes.set_xscale("log")
+    axes.set_xlim(runs["minutes"].min() / 2, runs["minutes"].max() * 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("test accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="best")
+    axes.set_title(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
 def range_test(table: pd.DataFrame, suggestion: float | None, title: str) -> Figure:
     """Draw the loss of a learning-rate range test against the learning rate.
 
@@ -966,14 +1010,14 @@ def training_speed(table: pd.DataFrame, title: str) -> Figure:
     middles = pd.Series(heights).groupby(table["recipe"].to_numpy(), sort=False).mean()
     axes.set_yticks(middles, middles.index)
     axes.set(xlabel="training images a second", xlim=(0, 1.14 * ends.max()))
-    axes.invert_yaxis()
+    axes.set_ylim(heights[-1] + 0.75, -0.75)
     axes.grid(axis="y", visible=False)
     shown = [backend for backend in BACKEND_COLORS if backend in set(table["backend"])]
     handles = [Patch(color=BACKEND_COLORS[backend], label=backend) for backend in shown]
     if any(hatches):
         handles.append(Patch(fc="0.7", ec="white", hatch="////", label="in float32"))
     handles.append(Line2D([], [], **marked, label="without making the batches"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(title)
     return figure
 

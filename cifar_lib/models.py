@@ -86,10 +86,10 @@ def speedrun(num_classes: int, seeds: Callable[[], int], side: int) -> keras.Mod
         (768, 2, 512, (3, 3)),
     ):
         x = layers.MaxPooling2D(2)(_convolution(width, kernel, seeds)(x))
-        x = y = SiLU()(BatchNormalization(epsilon=1e-5)(x))
+        x = y = SiLU()(BatchNormalization(epsilon=1e-5, momentum=0.9)(x))
         for filters, kernel in zip((middle, width), pair, strict=True):
             y = _convolution(filters, kernel, seeds)(y)
-            y = SiLU()(BatchNormalization(epsilon=1e-5)(y))
+            y = SiLU()(BatchNormalization(epsilon=1e-5, momentum=0.9)(y))
         x = layers.Add()([x, y])
     pooled = layers.Add()([layers.GlobalMaxPooling2D()(x), layers.GlobalAveragePooling2D()(x)])
     return _classified(inputs, pooled, num_classes, 1.25 / 9, seeds, "speedrun")

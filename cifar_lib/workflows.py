@@ -23,7 +23,7 @@ DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.55
 REFERENCE = {
     "seed-provisional, 14 of 139 epochs": [recipes.get("seed-provisional", epochs=14)],
     "fast": [recipes.get("fast", seed=seed) for seed in range(3)],
-    "accurate": [recipes.get("accurate", seed=seed) for seed in range(2)],
+    "accurate": [recipes.get("accurate")],
 }
 
 #: The networks that `weights/` publishes, by name: the recipe of each one's run.
@@ -70,6 +70,8 @@ def report(
     tables_dir: Path,
     studies_dir: Path | None = None,
     range_test: Path | None = None,
+    compared: Sequence[runs.Run] = (),
+    tried: Path | None = None,
     readme: bool = False,
 ) -> Path:
     """Run the notebooks on finished runs, and on studies, and make pages of them.
@@ -84,6 +86,8 @@ def report(
         tables_dir: where the numbers behind the pictures go.
         studies_dir: the folder of the studies' folders; those on the same data set are shown.
         range_test: the table of a range test, shown with them.
+        compared: the runs that are compared, where they are more than those shown.
+        tried: a table of what else was tried, shown with the comparison.
         readme: also write the index as `README.md`.
 
     Returns:
@@ -118,6 +122,13 @@ def report(
             "studies_dir": str(studies_dir),
             "range_test": str(range_test or ""),
             "links_from": str(out),
+        }
+    compared = compared or shown
+    if len(compared) > 1:
+        plan["08_beyond"] = places | {
+            "runs_dir": str(compared[0].path.parent),
+            "runs": [run.name for run in compared],
+            "tried": str(tried or ""),
         }
     executed, failures = [], []
     for name, parameters in plan.items():
@@ -281,6 +292,8 @@ def reference(runs_dir: Path) -> Path:
         tables_dir=results,
         studies_dir=results / "studies",
         range_test=results / "range_test.csv",
+        compared=list(itertools.chain(*trained.values())),
+        tried=results / "tried.csv",
         readme=True,
     )
 
@@ -314,6 +327,9 @@ def readme_tables(results: Path) -> dict[str, str]:
         }
         for row in speed["throughput"]
     )
+    beside_pytorch = results / "benchmarks" / "pytorch.json"
+    if beside_pytorch.exists():  # PyTorch is no dependency: it may never have been measured
+        tables["speed"] = _beside_pytorch(beside_pytorch)
     augmentation = json.loads((results / "benchmarks" / "augmentation.json").read_text("utf-8"))
     tables["augmentation speed"] = pd.DataFrame(augmentation["throughput"])
     loading = json.loads((results / "benchmarks" / "data_loading.json").read_text("utf-8"))
@@ -394,6 +410,17 @@ def _sweep_costs(path: Path) -> pd.DataFrame:
         }.items(),
         columns=["what", "cost"],
     )
+
+
+def _beside_pytorch(path: Path) -> pd.DataFrame:
+    measured = json.loads(path.read_text("utf-8"))["throughput"]
+    rates = pd.DataFrame(measured).pivot_table(
+        "images_per_second", ["network", "precision", "pixels"], "side", sort=False
+    )
+    ratios = rates["tensorflow"] / rates["PyTorch"]
+    table = rates[["tensorflow", "PyTorch"]].round().astype(int)
+    table.columns = ["images/s, Keras on TensorFlow", "images/s, PyTorch"]
+    return table.assign(ratio=ratios.map("{:.2f}".format)).reset_index()
 
 
 def with_tables(text: str, tables: dict[str, str]) -> str:

@@ -439,6 +439,50 @@ def test_importances_are_sorted_and_named():
     assert "70%" in texts(figure)
 
 
+def test_training_speed_has_a_bar_for_each_recipe_backend_and_precision():
+    rows = [
+        (recipe, backend, precision, rate, 1.25 * rate)
+        for recipe, rate in (("seed", 200.0), ("fast", 1234.0))
+        for backend in ("tensorflow", "jax", "torch")
+        for precision in ("bfloat16", "float32")
+    ]
+    columns = ["recipe", "backend", "precision"]
+    columns += ["images_per_second", "trained_images_per_second"]
+    figure = figures.training_speed(pd.DataFrame(rows, columns=columns), "2 threads")
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [200.0] * 6 + [1234.0] * 6
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, True] * 6
+    (marks,) = axes.get_lines()
+    assert marks.get_xdata().tolist() == [250.0] * 6 + [1542.5] * 6
+    assert axes.get_xlim()[1] > 1542.5
+    assert {"seed", "fast", "tensorflow", "torch", "1,234", "2 threads"} <= set(texts(figure))
+    assert_text_is_inside(figure)
+    rendered(figure)
+
+
+def test_accuracy_by_minutes_has_a_point_a_run_and_an_entry_a_recipe():
+    runs = pd.DataFrame(
+        {
+            "recipe": ["fast", "fast", "accurate"],
+            "minutes": [2.5, 2.6, 13.0],
+            "accuracy": [0.63, 0.64, 0.76],
+        }
+    )
+    runs["accuracy_low"], runs["accuracy_high"] = runs["accuracy"] - 0.01, runs["accuracy"] + 0.01
+    figure = figures.accuracy_by_minutes(runs, {"the deck": 0.6187}, "CIFAR-100")
+    (axes,) = figure.axes
+    points = [
+        line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() != "None"
+    ]
+    assert [[2.5, 0.63], [2.6, 0.64]] in points
+    assert {"fast, 2 seeds", "accurate", "the deck, 61.87%"} <= set(texts(figure))
+    assert axes.get_xlim()[0] < 2.5
+    assert axes.get_xlim()[1] > 13
+    rendered(figure)
+    with pytest.raises(ValueError, match="no run"):
+        figures.accuracy_by_minutes(runs[:0], {}, "CIFAR-100")
+
+
 def test_figures_of_a_study_refuse_nothing():
     table = trials(learning_rate=[1e-3], val_accuracy=[0.1], state=["pruned"])
     for draw in (
