@@ -88,7 +88,7 @@ def airbench() -> nn.Module:
 
 def speedrun() -> nn.Module:
     def normalised(width: int) -> list[nn.Module]:
-        return [nn.BatchNorm2d(width, eps=1e-5, momentum=0.01), nn.SiLU()]
+        return [nn.BatchNorm2d(width, eps=1e-5, momentum=0.1), nn.SiLU()]
 
     layers, inputs = [Whitening(), nn.SiLU()], 24
     for width, kernel, middle, (first, second) in (

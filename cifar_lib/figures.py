@@ -571,7 +571,7 @@ def network_diagram(summary: pd.DataFrame, input_shape: tuple[int, int, int], ti
 
 def _layer_color(kind: str) -> str:
     for words, color in (
-        (("Conv", "Dense"), _PALETTE[0]),
+        (("Conv", "Dense", "Whitening"), _PALETTE[0]),
         (("Pool",), _PALETTE[1]),
         (("Dropout",), "0.85"),
     ):

@@ -79,12 +79,15 @@ class Whitening(keras.layers.Layer):
     def build(self, input_shape: tuple) -> None:
         self.channels = input_shape[-1]
         directions = self.patch**2 * self.channels
-        self.mean = self.add_weight(shape=(self.channels,), trainable=False, name="mean")
+        self.mean = self.add_weight(
+            shape=(self.channels,), initializer="zeros", trainable=False, name="mean"
+        )
         self.deviation = self.add_weight(
             shape=(self.channels,), initializer="ones", trainable=False, name="deviation"
         )
         self.kernel = self.add_weight(
             shape=(self.patch, self.patch, self.channels, 2 * directions),
+            initializer="zeros",
             trainable=False,
             name="kernel",
         )
