@@ -35,7 +35,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 with _standard_error_closed():
     import keras
 
-    keras.distribution.list_devices()  # TensorFlow tells of a missing GPU as of an error
+    if keras.backend.backend() == "tensorflow":
+        keras.distribution.list_devices()  # it tells of a missing GPU as of an error
 
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "scipy")
 
@@ -183,6 +184,10 @@ def resolve_precision(precision: str) -> str:
 
 def device() -> str:
     """Where the backend computes: "CPU", "GPU" or "TPU"."""
+    if keras.backend.backend() == "torch":  # Keras 3.15 lists no devices there
+        import torch
+
+        return "GPU" if torch.cuda.is_available() else "CPU"
     return keras.distribution.list_devices()[0].split(":")[0].upper().replace("CUDA", "GPU")
 
 
