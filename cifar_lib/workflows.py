@@ -124,12 +124,11 @@ def report(
             "links_from": str(out),
         }
     compared = compared or shown
-    if len(compared) > 1:
-        plan["08_beyond"] = places | {
-            "runs_dir": str(compared[0].path.parent),
-            "runs": [run.name for run in compared],
-            "tried": str(tried or ""),
-        }
+    plan["08_beyond"] = places | {
+        "runs_dir": str(compared[0].path.parent),
+        "runs": [run.name for run in compared],
+        "tried": str(tried or ""),
+    }
     executed, failures = [], []
     for name, parameters in plan.items():
         path = executed_dir / f"{name}.ipynb"
