@@ -111,14 +111,9 @@ def measure(step: Recipe, seconds: float) -> list[Step]:
 
 @functools.cache
 def _network(step: Recipe) -> tuple:
-    from cifar_lib import models, training
+    from cifar_lib import training
 
-    split = _random_images()
-    batches = training.training_batches(step, split, step.image_size(0))
-    model = models.build_for(step, step.precision)
-    models.adapt(model, split.images)
-    training.compile_model(model, step, steps=len(batches))
-    return batches, model
+    return training.untrained(step, _random_images(), step.image_size(0))
 
 
 @functools.cache

@@ -135,7 +135,7 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
     choices = {"weight_decay": recipe.weight_decay or None}
     if recipe.optimizer == "muon":
         choices["filter_rate"] = recipe.filter_learning_rate / recipe.learning_rate
-        choices["compute_dtype"] = keras.DTypePolicy(model.dtype_policy.name).compute_dtype
+        choices["compute_dtype"] = model.compute_dtype
     optimizer = OPTIMIZERS[recipe.optimizer](rate, **choices)
     moved_by_muon = 4 if recipe.optimizer == "muon" else None
     optimizer.exclude_from_weight_decay(
@@ -162,6 +162,17 @@ def training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> aug
     )
 
 
+def untrained(
+    recipe: Recipe, train: data.Split, size: int = SIDE
+) -> tuple[augmentation.Batches, keras.Model]:
+    """A recipe's batches, with images of `size` pixels a side, and its network, ready for them."""
+    batches = training_batches(recipe, train, size)
+    model = models.build_for(recipe, backend.resolve_precision(recipe.precision))
+    models.adapt(model, train.images)
+    compile_model(model, recipe, steps=len(batches))
+    return batches, model
+
+
 def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> float:
     """How long one training step of a recipe takes on this machine, in seconds.
 
@@ -173,11 +184,7 @@ def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> 
     """
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches = training_batches(recipe, train)
-    precision = backend.resolve_precision(recipe.precision)
-    model = models.build_for(recipe, precision)
-    models.adapt(model, train.images)
-    compile_model(model, recipe, steps=len(batches))
+    batches, model = untrained(recipe, train)
     seconds: list[float] = []
     number = 0
     while sum(seconds[STEPS_TO_WARM_UP:]) < SECONDS_TO_MEASURE:
@@ -518,13 +525,8 @@ def range_test(
         raise RecipeError(f"steps is {steps}; a range of learning rates needs 2 or more.")
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches = training_batches(recipe, train)
-    precision = backend.resolve_precision(recipe.precision)
-    model = models.build_for(recipe, precision)
-    models.adapt(model, train.images)
     # Keras lets the rate be set only where no schedule sets it.
-    constant = recipe.replace(schedule="constant", warmup=0.0)
-    compile_model(model, constant, steps=len(batches))
+    batches, model = untrained(recipe.replace(schedule="constant", warmup=0.0), train)
     rows = []
     mean, least = 0.0, math.inf
     rates = np.geomspace(lowest, highest, steps)
