@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except KeyboardInterrupt:
+        again = "measure again" if options.command is _benchmark else "continue"
         print(
-            "\nInterrupted. What is finished is kept: give the same command to continue.",
+            f"\nInterrupted. What is finished is kept: give the same command to {again}.",
             file=sys.stderr,
         )
         return 130

@@ -164,6 +164,43 @@ def _silu_gradient():
     return gradient
 
 
+def elu(inputs):
+    """x above 0, else exp(x) - 1, on TensorFlow, whose own takes twice as long in bfloat16."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def activate(inputs):
+        outputs = _elu()(inputs)
+        return outputs, lambda upstream: _elu_gradient()(outputs, upstream)
+
+    return activate(inputs)
+
+
+@functools.cache
+def _elu():
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def activate(inputs):
+        x = tf.cast(inputs, tf.float32)
+        return tf.cast(tf.where(x > 0, x, tf.exp(tf.minimum(x, 0.0)) - 1.0), inputs.dtype)
+
+    return activate
+
+
+@functools.cache
+def _elu_gradient():
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def gradient(outputs, upstream):
+        y = tf.cast(outputs, tf.float32)
+        slope = tf.where(y > 0, 1.0, y + 1.0)
+        return tf.cast(tf.cast(upstream, tf.float32) * slope, outputs.dtype)
+
+    return gradient
+
+
 def resolve_precision(precision: str) -> str:
     """Choose "float32" or "bfloat16": "auto" takes bfloat16 where the processor computes in it."""
     if precision != "auto":

@@ -32,8 +32,9 @@ WARM_UP_STEPS = 2
 
 # The choices on which the time of a step depends, beside the size of the images.
 CHOICES = (
-    *("model", "augmentation", "optimizer", "filter_learning_rate", "weight_decay"),
-    *("label_smoothing", "batch_size", "precision"),
+    *("model", "activation", "whitening", "augmentation"),
+    *("optimizer", "filter_learning_rate", "weight_decay"),
+    *("label_smoothing", "mixing", "weight_averaging", "batch_size", "precision"),
 )
 
 #: Seconds of a step: those in which its batch was made, and those in which the network trained.
@@ -97,7 +98,7 @@ def measure(step: Recipe, seconds: float) -> list[Step]:
         step: the recipe; the images are of its first epoch's size.
         seconds: how long to measure; at least one step is measured.
     """
-    batches, model = _network(step)
+    batches, model = network(step)
     steps: list[Step] = []
     while len(steps) <= WARM_UP_STEPS or sum(map(sum, steps[WARM_UP_STEPS:])) < seconds:
         began = time.perf_counter()
@@ -110,7 +111,11 @@ def measure(step: Recipe, seconds: float) -> list[Step]:
 
 
 @functools.cache
-def _network(step: Recipe) -> tuple:
+def network(step: Recipe) -> tuple:
+    """A recipe's batches, of random images, and its network, ready for them.
+
+    As `training.untrained` gives them, with images of the first epoch's size; made once a process.
+    """
     from cifar_lib import training
 
     return training.untrained(step, _random_images(), step.image_size(0))
@@ -161,8 +166,9 @@ def run(
     """Measure recipes, each in its own precision and in float32, and write what was found.
 
     Args:
-        out: the folder of `benchmark.csv`, `benchmark.json` and `benchmark.png`.
-        names: of recipes; by default all that differ in speed.
+        out: the folder of `benchmark.csv`, `benchmark.json` and `benchmark.png`, written after
+            every round.
+        names: of recipes; by default all that differ in speed, those for GPUs only where one is.
         seconds: of each measurement, of which there is one a round for each backend, precision
             and size of the images.
         rounds: how often each is measured.
@@ -180,7 +186,8 @@ def run(
         RecipeError: a recipe or backend is unknown, or `seconds` or `rounds` cannot be.
         RunError: no backend could be measured.
     """
-    chosen = {name: recipes.get(name) for name in names or different()}
+    for name in names:
+        recipes.get(name)
     for backend in backends:
         if backend not in BACKENDS:
             raise RecipeError(recipes.unknown("backend", backend, BACKENDS))
@@ -190,6 +197,10 @@ def run(
         raise RecipeError(f"rounds is {rounds}; it must be 1 or more.")
     with Processes(dict.fromkeys(backends)) as processes:
         environments = {b: processes.ask(b, describe) for b in processes.processes}
+        if not names:
+            computes = {environments[b]["device"] for b in environments if environments[b]}
+            names = [n for n in different() if n not in recipes.FOR_GPUS or "GPU" in computes]
+        chosen = {name: recipes.get(name) for name in names}
         plan = {
             (name, backend, precision): steps_of(recipe.replace(precision=precision))
             for name, recipe in chosen.items()
@@ -197,24 +208,32 @@ def run(
             if backend not in processes.failures
             for precision in _precisions(recipe, environments[backend])
         }
-        turns = _take_turns(processes, plan, seconds, rounds)
-    rows = [
-        {"recipe": name, "backend": backend, "precision": precision} | numbers
-        for (name, backend, precision), steps in plan.items()
-        if backend not in processes.failures
-        for numbers in _rows(steps, {step: turns[backend, step] for step in steps})
-    ]
-    if not rows:
-        reasons = "; ".join(f"{name}: {why}" for name, why in processes.failures.items())
-        raise runs.RunError(f"No backend could be measured. {reasons}.")
-    environments = {b: environments[b] for b in environments if b not in processes.failures}
+        turns = {(backend, step): [] for (_, backend, _), steps in plan.items() for step in steps}
+        for number in range(rounds):
+            _take_turns(processes, turns, seconds, number, rounds)
+            rows = [
+                {"recipe": name, "backend": backend, "precision": precision} | numbers
+                for (name, backend, precision), steps in plan.items()
+                if backend not in processes.failures
+                for numbers in _rows(steps, {step: turns[backend, step] for step in steps})
+            ]
+            if not rows:
+                reasons = "; ".join(f"{name}: {why}" for name, why in processes.failures.items())
+                raise runs.RunError(f"No backend could be measured. {reasons}.")
+            measured = {b: environments[b] for b in environments if b not in processes.failures}
+            content = {"seconds": seconds, "rounds": number + 1, "environments": measured}
+            content |= {"failures": processes.failures, "throughput": rows}
+            # After every round, so that an interruption leaves what the finished ones found.
+            table = _write(out, content)
+    return table
+
+
+def _write(out: Path, content: Mapping[str, Any]) -> pd.DataFrame:
     out.mkdir(parents=True, exist_ok=True)
-    content = {"seconds": seconds, "rounds": rounds, "environments": environments}
-    content |= {"failures": processes.failures, "throughput": rows}
     runs.write_json(out / "benchmark.json", content)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(content["throughput"])
     runs.write_atomically(out / "benchmark.csv", table.to_csv(index=False).encode())
-    machine = next(iter(environments.values()))
+    machine = next(iter(content["environments"].values()))
     title = f"Training speed: {machine['processor']}, {machine['threads']} threads"
     whole = table.drop_duplicates(["recipe", "backend", "precision"], keep="last")
     figures.training_speed(whole, title).savefig(out / "benchmark.png")
@@ -227,24 +246,25 @@ def _precisions(recipe: Recipe, environment: Mapping[str, str]) -> list[str]:
 
 
 def _take_turns(
-    processes: Processes, plan: Mapping[tuple, dict[Recipe, float]], seconds: float, rounds: int
-) -> dict[tuple[str, Recipe], list[list[Step]]]:
-    """The steps of each round, by backend and step; a step of two recipes is measured once."""
-    turns = {(backend, step): [] for (_, backend, _), steps in plan.items() for step in steps}
-    for number in range(rounds):
-        for backend, step in list(turns)[:: 1 if number % 2 == 0 else -1]:
-            steps = processes.ask(backend, measure, step, seconds)
-            if steps is None:
-                continue
-            turns[backend, step].append(steps)
-            rate = step.batch_size / statistics.median(map(sum, steps[WARM_UP_STEPS:]))
-            where = f"{step.model}, {step.image_size(0)} pixels, batch {step.batch_size}"
-            print(
-                f"{number + 1}/{rounds}  {backend:<11}{step.precision:<9} {where:<33}"
-                f"{rate:8,.0f} images/s",
-                flush=True,
-            )
-    return turns
+    processes: Processes,
+    turns: Mapping[tuple[str, Recipe], list[list[Step]]],
+    seconds: float,
+    number: int,
+    rounds: int,
+) -> None:
+    """Measure round `number`, from 0, and add each one's steps to those of its earlier turns."""
+    for backend, step in list(turns)[:: 1 if number % 2 == 0 else -1]:
+        steps = processes.ask(backend, measure, step, seconds)
+        if steps is None:
+            continue
+        turns[backend, step].append(steps)
+        rate = step.batch_size / statistics.median(map(sum, steps[WARM_UP_STEPS:]))
+        where = f"{step.model}, {step.image_size(0)} pixels, batch {step.batch_size}"
+        print(
+            f"{number + 1}/{rounds}  {backend:<11}{step.precision:<9} {where:<33}"
+            f"{rate:8,.0f} images/s",
+            flush=True,
+        )
 
 
 def _rows(steps: Mapping[Recipe, float], turns: Mapping[Recipe, list[list[Step]]]) -> list[dict]:

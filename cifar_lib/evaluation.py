@@ -26,15 +26,20 @@ def predict(
     from cifar_lib.augmentation import scale
 
     # Batch by batch: `model.predict` goes through tf.data, whose end can be a minute late.
-    batches = []
-    for start in range(0, len(images), batch_size):
-        batch = scale(images[start : start + batch_size])
-        probabilities = np.asarray(model.predict_on_batch(batch))
-        if flip:
-            mirrored = np.ascontiguousarray(batch[:, :, ::-1])
-            probabilities = (probabilities + np.asarray(model.predict_on_batch(mirrored))) / 2
-        batches.append(probabilities)
-    return np.concatenate(batches)
+    batches = [
+        np.asarray(model.predict_on_batch(scale(images[start : start + batch_size])))
+        for start in range(0, len(images), batch_size)
+    ]
+    probabilities = np.concatenate(batches)
+    return average_with_mirrored(model, images, probabilities) if flip else probabilities
+
+
+def average_with_mirrored(
+    model: keras.Model, images: np.ndarray, probabilities: np.ndarray
+) -> np.ndarray:
+    """What `predict` gives for the images with `flip`, from what it gave without, as (N, K)."""
+    mirrored = np.ascontiguousarray(images[:, :, ::-1])
+    return (probabilities + predict(model, mirrored)) / 2
 
 
 def evaluate(

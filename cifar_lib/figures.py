@@ -738,6 +738,45 @@ def calibration_curve(
     return figure
 
 
+@matplotlib.rc_context(_STYLE)
+def variants(trials: pd.DataFrame, title: str) -> Figure:
+    """Draw the validation accuracy of a study's variants, a row each, the best on top.
+
+    `trials` is `calibration.Results.trials`, with the column `variant`. Complete trials are dots, a
+    tick is their mean; the dashed line is the mean of the first variant, which the rows state their
+    distance from, in percentage points.
+    Raises ValueError if no trial is complete.
+    """
+    complete = trials[trials["state"] == "complete"]
+    if complete.empty:
+        raise ValueError("no trial is complete: nothing to draw of the variants")
+    means = complete.groupby("variant", sort=False)["val_accuracy"].mean()
+    first = means.iloc[0]
+    means = means.sort_values()
+    figure = _figure(8, 1.6 + 0.34 * len(means), layout="constrained")
+    axes = figure.subplots()
+    rows = complete["variant"].map(list(means.index).index)
+    color = METRICS["val_accuracy"][1]
+    axes.plot(
+        complete["val_accuracy"], rows, "o", color=color, mec="white", mew=0.6, label="one trial"
+    )
+    ticks = {"marker": "|", "ms": 16, "mew": 2, "linestyle": "none", "color": "black"}
+    axes.plot(means, range(len(means)), label="mean", **ticks)
+    axes.axvline(first, color="0.4", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(means)), means.index)
+    distances = axes.secondary_yaxis("right")
+    distances.set_yticks(
+        range(len(means)),
+        ["" if mean == first else f"{100 * (mean - first):+.1f}" for mean in means],
+    )
+    axes.set_ylim(-0.6, len(means) - 0.4)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("validation accuracy")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    return figure
+
+
 def _dots(axes: Axes, trials: pd.DataFrame, metric: str, look: dict, label: str) -> None:
     ceiling = METRICS[metric][2]
     inside = trials[trials[metric] <= ceiling]

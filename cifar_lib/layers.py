@@ -45,14 +45,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
-class SiLU(keras.layers.Layer):
+def silu(inputs):
     """x * sigmoid(x): Elfwing, Uchibe & Doya 2017, arXiv 1702.03118."""
+    return backend.silu(inputs) if backend.on_tensorflow_cpu() else ops.silu(inputs)
 
-    def call(self, inputs):
-        return backend.silu(inputs) if backend.on_tensorflow_cpu() else ops.silu(inputs)
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return input_shape
+@keras.saving.register_keras_serializable("cifar_lib")
+def elu(inputs):
+    """x above 0, else exp(x) - 1: Clevert, Unterthiner & Hochreiter 2015, arXiv 1511.07289."""
+    return backend.elu(inputs) if backend.on_tensorflow_cpu() else ops.elu(inputs)
+
+
+#: Activations by name: those of `recipes.ACTIVATIONS`.
+ACTIVATIONS = {"elu": elu, "gelu": ops.gelu, "relu": ops.relu, "silu": silu}
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
@@ -63,18 +68,30 @@ class Whitening(keras.layers.Layer):
     coordinates along the 12 eigenvectors of the patches' covariance, largest eigenvalue first, each
     divided by the root of its eigenvalue, and their negatives. The bias alone is trained.
 
+    Unless `fixed`, the filters start at random and are trained, too: the layer without whitening.
+
     Jordan 2024, "94 % on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498, section 3.2,
     after Page 2019, "How to train your ResNet 8: bag of tricks".
 
     Args:
         patch: the side of a patch, in pixels.
         epsilon: added to every eigenvalue, so that noise is not blown up.
+        fixed: whether the filters whiten and stay as they are.
+        seed: of random filters.
     """
 
-    def __init__(self, patch: int = 2, epsilon: float = 5e-4, **arguments: object) -> None:
+    def __init__(
+        self,
+        patch: int = 2,
+        epsilon: float = 5e-4,
+        *,
+        fixed: bool = True,
+        seed: int = 0,
+        **arguments: object,
+    ) -> None:
         # The pixels are normalised in float32 before they are rounded to the compute type.
         super().__init__(autocast=False, **arguments)
-        self.patch, self.epsilon = patch, epsilon
+        self.patch, self.epsilon, self.fixed, self.seed = patch, epsilon, fixed, seed
 
     def build(self, input_shape: tuple) -> None:
         self.channels = input_shape[-1]
@@ -87,16 +104,20 @@ class Whitening(keras.layers.Layer):
         )
         self.kernel = self.add_weight(
             shape=(self.patch, self.patch, self.channels, 2 * directions),
-            initializer="zeros",
-            trainable=False,
+            initializer="zeros" if self.fixed else uniform(self.seed),
+            trainable=not self.fixed,
             name="kernel",
         )
         self.bias = self.add_weight(shape=(2 * directions,), initializer="zeros", name="bias")
 
     def adapt(self, images: np.ndarray) -> None:
-        """Set the filters from images, uint8 (N, H, W, C)."""
+        """Set the normalisation, and fixed filters, from images, uint8 (N, H, W, C)."""
         pixels = images / np.float32(255)
         mean, deviation = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+        self.mean.assign(mean)
+        self.deviation.assign(deviation)
+        if not self.fixed:
+            return
         windows = np.lib.stride_tricks.sliding_window_view(
             (pixels - mean) / deviation, (self.patch, self.patch), axis=(1, 2)
         )
@@ -105,8 +126,6 @@ class Whitening(keras.layers.Layer):
         values, vectors = np.linalg.eigh(np.cov(patches, rowvar=False))
         filters = (vectors / np.sqrt(values + self.epsilon))[:, ::-1]
         filters = filters.reshape(self.patch, self.patch, self.channels, -1)
-        self.mean.assign(mean)
-        self.deviation.assign(deviation)
         self.kernel.assign(np.concatenate([filters, -filters], axis=-1))
 
     def call(self, inputs):
@@ -120,7 +139,8 @@ class Whitening(keras.layers.Layer):
         return (batch, *sides, 2 * self.patch**2 * channels)
 
     def get_config(self) -> dict:
-        return super().get_config() | {"patch": self.patch, "epsilon": self.epsilon}
+        names = ("patch", "epsilon", "fixed", "seed")
+        return super().get_config() | {name: getattr(self, name) for name in names}
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
@@ -142,10 +162,17 @@ class InferenceSize(keras.layers.Layer):
         return ops.image.resize(inputs, size, antialias=True, data_format="channels_last")
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return (input_shape[0], None, None, input_shape[-1])
+        """That of inference; of unknown sides nothing is said, since training leaves them alone."""
+        batch, *sides, channels = input_shape
+        return (batch, *(side and self.side for side in sides), channels)
 
     def get_config(self) -> dict:
         return super().get_config() | {"side": self.side}
+
+
+def uniform(seed: int) -> keras.initializers.Initializer:
+    """PyTorch's default filters: uniform within one over the root of the fan-in."""
+    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed)
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
@@ -153,8 +180,7 @@ class Dirac(keras.initializers.Initializer):
     """Identity filters for the first outputs, as many as there are inputs; the rest at random.
 
     Zagoruyko & Komodakis 2017, "DiracNets", arXiv 1706.00388; partial as in airbench (arXiv
-    2404.00498, section 3.3). The random filters are those of PyTorch's default: uniform within
-    one over the root of the fan-in.
+    2404.00498, section 3.3). The random filters are `uniform`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -162,8 +188,7 @@ class Dirac(keras.initializers.Initializer):
 
     def __call__(self, shape: tuple, dtype: str | None = None):
         height, width, inputs, outputs = shape
-        uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", self.seed)
-        kernel = np.array(keras.ops.convert_to_numpy(uniform(shape, "float32")))
+        kernel = np.array(ops.convert_to_numpy(uniform(self.seed)(shape, "float32")))
         same = min(inputs, outputs)
         kernel[..., :same] = 0
         # An even kernel's "same" padding is on its far side, so its own pixel is the first.

@@ -52,9 +52,9 @@ class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step):
         step = ops.cast(step, "float32")
-        rising = max(1.0, self.warmup * self.steps)
+        rising = self.warmup * self.steps
         # The first step is not wasted on a rate of 0.
-        up = (step + 1) / rising if self.warmup else 1.0
+        up = (step + 1) / rising if rising else 1.0
         down = (self.steps - step) / max(1.0, self.steps - rising)
         return self.peak * ops.maximum(ops.minimum(ops.minimum(up, down), 1.0), 0.0)
 

@@ -121,6 +121,8 @@ class Study:
             vary them, else as the first point.
         found: those values, by study, once they are known.
         parameters: what is varied, by the name of the recipe's field.
+        variants: sets of choices by name, instead of `parameters`, which then has their names as
+            the values of "variant".
         search: one of `SEARCHES`; "grid" tries all combinations.
         search_options: for Optuna's sampler of that name.
         search_seed: decides what "random" and "tpe" draw.
@@ -145,6 +147,7 @@ class Study:
     follows: tuple[str, ...] = ()
     found: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     parameters: Mapping[str, Values | Range]
+    variants: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     search: str = "grid"
     search_options: Mapping[str, Value] = field(default_factory=dict)
     search_seed: int = 0
@@ -161,6 +164,10 @@ class Study:
         """The recipe of every trial, before the varied choices are set."""
         found = {name: value for best in self.found.values() for name, value in best.items()}
         return recipes.get(self.recipe, **{**found, **self.choices})
+
+    def at(self, point: Mapping[str, Value], **choices: Value) -> Recipe:
+        """The recipe of a point, with some choices more."""
+        return self.base().replace(**choices_at(self.variants, point), **choices)
 
     def start(self) -> dict[str, Value] | None:
         """The first point of a search that follows others; None without such."""
@@ -195,12 +202,21 @@ class Study:
     def to_json(self) -> str:
         """What was asked for, as `study.json` keeps it."""
         content = dataclasses.asdict(self)
+        if not self.variants:
+            del content["variants"]
         if self.repeat_best is not None:
             content["repeat_best"] = dict(zip(("points", "seeds"), self.repeat_best, strict=True))
         options = content.pop("pruner_options")
         content["pruner"] = self.pruner and {self.pruner: options}
         content["cores_per_trial"] = self.cores_per_trial or "all"
         return json.dumps(content, indent=2) + "\n"
+
+
+def choices_at(
+    variants: Mapping[str, Mapping[str, Value]], point: Mapping[str, Value]
+) -> Mapping[str, Value]:
+    """The choices of a recipe that a point of a study is, which has these variants or none."""
+    return variants[point["variant"]] if variants else point
 
 
 def load(path: Path | str) -> Study:
@@ -244,10 +260,12 @@ class _Reader:
         for key in top:
             if key not in written:
                 raise self.error(top, key, recipes.unknown("study field", key, written))
-        for key in ("recipe", "parameters"):
-            if key not in top:
-                raise StudyError(f"{self.path}: the field {key} is missing; add it.")
-        for key in ("parameters", "choices", "repeat_best"):
+        if "recipe" not in top:
+            raise StudyError(f"{self.path}: the field recipe is missing; add it.")
+        if ("parameters" in top) == ("variants" in top):
+            message = "write the field parameters, or variants in its place."
+            raise self.error(top, "recipe", message)
+        for key in ("parameters", "variants", "choices", "repeat_best"):
             if key in top and not isinstance(top[key], Mapping):
                 raise self.error(top, key, f"{key} is {_plain(top[key])!r}; it must be a mapping.")
         fields: dict = {"name": self.path.stem, "trial_minutes": Study.trial_minutes}
@@ -271,7 +289,11 @@ class _Reader:
             if top.get(key) is not None:
                 fields[key], fields[f"{key}_options"] = self.named(key, names)
         fields["choices"] = self.choices()
-        fields["parameters"] = self.parameters()
+        if "variants" in top:
+            fields["variants"] = self.variants()
+            fields["parameters"] = {"variant": Values(tuple(fields["variants"]))}
+        else:
+            fields["parameters"] = self.parameters()
         if "repeat_best" in top:
             fields["repeat_best"] = self.repeat_best(fields.get("seeds", 1))
         study = Study(**fields)
@@ -335,7 +357,7 @@ class _Reader:
         written = self.content.get("choices", {})
         for name in written:
             self.field(written, name)
-            if name in self.content["parameters"]:
+            if name in self.content.get("parameters", {}):
                 raise self.error(written, name, f"{name} is varied, too; take it out here.")
         choices = _plain(written)
         try:
@@ -346,6 +368,25 @@ class _Reader:
             place = (self.content, "recipe") if key is None else (written, key)
             raise self.error(*place, str(error)) from error
         return {"test_size": 0, **choices}
+
+    def variants(self) -> dict[str, dict[str, Value]]:
+        written, variants = self.content["variants"], {}
+        if self.content.get("search", "grid") != "grid":
+            raise self.error(self.content, "search", "variants are all tried: take search out.")
+        if not written:
+            raise self.error(self.content, "variants", "name at least one variant.")
+        for name, choices in written.items():
+            if not isinstance(choices, Mapping):
+                message = f"{name} is {_plain(choices)!r}; write its choices as a mapping."
+                raise self.error(written, name, message)
+            for key in choices:
+                self.field(choices, key)
+            try:
+                self.base.replace(**_plain(choices))
+            except RecipeError as error:
+                raise self.error(written, name, str(error)) from error
+            variants[str(name)] = _plain(choices)
+        return variants
 
     def parameters(self) -> dict[str, Values | Range]:
         written, spaces = self.content["parameters"], {}
@@ -408,7 +449,7 @@ class _Reader:
             raise self.error(top, "follows", f"{study.name} cannot follow itself.")
         for point in study.points():
             try:
-                study.base().replace(**point)
+                study.at(point)
             except RecipeError as error:
                 raise self.error(top, "parameters", f"the point {point}: {error}") from error
 

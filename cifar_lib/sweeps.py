@@ -29,7 +29,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +134,9 @@ def resolve(study: Study, studies_dir: Path) -> Study:
     best = {}
     for name in study.follows:
         try:
-            best[name] = calibration.best_point(calibration.read(studies_dir / name))
+            found = calibration.read(studies_dir / name)
+            variants = found.study.get("variants", {})
+            best[name] = studies.choices_at(variants, calibration.best_point(found))
         except runs.RunError as error:
             raise SweepError(
                 f"The study {study.name} follows {name}, which has found nothing yet: run it "
@@ -171,19 +173,28 @@ def dry_run(study: Study, studies_dir: Path) -> None:
     count = f"{len(planned)} trial" + ("" if len(planned) == 1 else "s")
     print(f"{study.name}: {count} of the recipe {study.recipe}")
     for name, point, seed in planned:
-        recipe = study.base().replace(**point, seed=seed)
-        # What a step takes does not depend on these.
-        alike = recipe.replace(seed=0, epochs=1, learning_rate=1e-6, name="alike")
-        if alike not in measured:
-            measured[alike] = training.seconds_per_step(alike, dataset=dataset)
+        recipe = study.at(point, seed=seed)
         images = len(data.make_splits(dataset, **recipe.split_choices).train)
         steps = recipe.epochs * -(-images // recipe.batch_size)
-        seconds = start + steps * measured[alike]
-        total += seconds
+        seconds = 0.0
+        sizes = Counter(map(recipe.image_size, range(recipe.epochs)))
+        for size, epochs in sizes.items():
+            # What a step takes does not depend on what else is chosen.
+            alike = recipe.replace(
+                name="alike",
+                seed=0,
+                epochs=1,
+                learning_rate=1e-6,
+                image_sizes=recipe.image_sizes and (size,),
+            )
+            if alike not in measured:
+                measured[alike] = training.seconds_per_step(alike, dataset=dataset)
+            seconds += steps * epochs / recipe.epochs * measured[alike]
+        total += start + seconds
         values = calibration.describe(point) if point else "values that the search chooses"
         print(
             f"{name:>6}  {values}, seed {seed}: {steps:,} steps of "
-            f"{measured[alike] * 1000:.0f} ms, {_clock(seconds)}"
+            f"{seconds / steps * 1000:.0f} ms, {_clock(start + seconds)}"
         )
     slots = len(trials.slots(study.cores_per_trial))
     limit = f", but no trial starts after {study.minutes:g} minutes" if study.minutes else ""
@@ -735,7 +746,7 @@ class _Driver:
 
     def _submit(self, running: _Running) -> None:
         number = running.trial.number
-        recipe = self.study.base().replace(**running.point, seed=running.seed)
+        recipe = self.study.at(running.point, seed=running.seed)
         order = trials.Order(
             study=self.identifier,
             number=number,

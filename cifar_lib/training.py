@@ -115,7 +115,8 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
 
     Args:
         model: the network.
-        recipe: the optimiser, its rates, its schedule, weight_decay and label_smoothing are used.
+        recipe: the optimiser, its rates, its schedule, weight_decay and weight_averaging are used,
+            and what kind of labels it has.
         steps: steps an epoch.
     """
     schedules = keras.optimizers.schedules
@@ -133,6 +134,8 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
     elif recipe.schedule == "linear":
         rate = optimizers.LinearSchedule(rate, all_steps, recipe.warmup)
     choices = {"weight_decay": recipe.weight_decay or None}
+    if recipe.weight_averaging:
+        choices |= {"use_ema": True, "ema_momentum": recipe.weight_averaging}
     if recipe.optimizer == "muon":
         choices["filter_rate"] = recipe.filter_learning_rate / recipe.learning_rate
         choices["compute_dtype"] = model.compute_dtype
@@ -143,7 +146,7 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
     )
     model.compile(
         optimizer=optimizer,
-        loss=("" if recipe.label_smoothing else "sparse_") + "categorical_crossentropy",
+        loss=("" if recipe.soft_labels else "sparse_") + "categorical_crossentropy",
         metrics=["accuracy"],
         jit_compile=backend.jit_compile(),
     )
@@ -159,6 +162,7 @@ def training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> aug
         shuffle=True,
         size=size,
         label_smoothing=recipe.label_smoothing or None,
+        mixing=recipe.mixing,
     )
 
 
@@ -174,7 +178,7 @@ def untrained(
 
 
 def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> float:
-    """How long one training step of a recipe takes on this machine, in seconds.
+    """How long a training step of a recipe's first epoch takes on this machine, in seconds.
 
     The median of some seconds' steps, after the first ones, in which the backend compiles.
 
@@ -184,7 +188,7 @@ def seconds_per_step(recipe: Recipe, *, dataset: data.Dataset | None = None) -> 
     """
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
-    batches, model = untrained(recipe, train)
+    batches, model = untrained(recipe, train, recipe.image_size(0))
     seconds: list[float] = []
     number = 0
     while sum(seconds[STEPS_TO_WARM_UP:]) < SECONDS_TO_MEASURE:
@@ -211,6 +215,39 @@ class EarlyStopping(keras.callbacks.EarlyStopping):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave the last weights to the call that follows."""
+
+
+class WeightAveraging(keras.callbacks.Callback):
+    """Validates the averaged weights, in every call of `fit`, and trains on without the average.
+
+    Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the average is
+    Keras' optimiser's. Statistics of batch normalisation, which are running means already, are not
+    averaged. It follows `EarlyStopping`, which keeps the weights that were validated, and precedes
+    `Recorder`, which stores those that training goes on from. Keras' `SwapEMAWeights` swaps on
+    TensorFlow by sums and differences, which round (3.15).
+    """
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.trained: list[np.ndarray] | None = None
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        self._keep()
+        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self.trained is None:  # nothing was validated
+            self._keep()
+        self._restore()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._restore()  # Keras' `fit` ends with the average
+
+    def _keep(self) -> None:
+        self.trained = [keras.ops.convert_to_numpy(v) for v in self.model.trainable_variables]
+
+    def _restore(self) -> None:
+        for variable, value in zip(self.model.trainable_variables, self.trained, strict=True):
+            variable.assign(value)
 
 
 class Recorder(keras.callbacks.Callback):
@@ -249,6 +286,8 @@ class Recorder(keras.callbacks.Callback):
         # Closed however training ends, or it is drawn again below what is then said.
         with contextlib.closing(Progress(recipe.epochs, len(self.history))) as progress:
             callbacks = [self, progress]
+            if recipe.weight_averaging:
+                callbacks = [WeightAveraging(), *callbacks]
             if self.early_stopping:
                 callbacks = [self.early_stopping, *callbacks]
             while len(self.history) < recipe.epochs and not self.stopped:
@@ -256,6 +295,8 @@ class Recorder(keras.callbacks.Callback):
         if self.stopped == "stop file":
             print(f"Stopped after epoch {len(self.history)}, as {self.run_dir / STOP_FILE} asks.")
         self.weights_epoch = len(self.history)
+        if recipe.weight_averaging:
+            model.optimizer.finalize_variable_values(model.trainable_variables)
         if self.early_stopping and self.early_stopping.best_weights is not None:
             model.set_weights(self.early_stopping.best_weights)
             self.weights_epoch = int(self.early_stopping.best_epoch) + 1
@@ -271,7 +312,7 @@ class Recorder(keras.callbacks.Callback):
         # Each size has its own compiled step, in which it is a constant.
         model.make_train_function(force=True)
         validation = splits.validation
-        label_smoothing = 0.0 if recipe.label_smoothing else None
+        label_smoothing = 0.0 if recipe.soft_labels else None
         model.fit(
             self.batches,
             validation_data=validation
@@ -457,7 +498,9 @@ def _finish(
     seconds = {"setup": setup_seconds, "evaluation": time.perf_counter() - began}
     if recorder.recipe.protocol == "final":
         # Test-time averaging over mirror images, always reported apart from a single view.
-        averaged = evaluation.predict(model, splits.test.images, flip=True)
+        averaged = evaluation.average_with_mirrored(
+            model, splits.test.images, predictions["test_probabilities"]
+        )
         metrics["test_flip"] = evaluation.evaluate(
             averaged, splits.test.fine_labels, dataset.superclass_of
         )

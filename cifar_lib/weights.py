@@ -130,7 +130,6 @@ def export(
             f"{run.name} is of the data set {recipe.dataset!r} and the classes "
             f"{recipe.classes or 'all'}; only networks for all of CIFAR-100 are published."
         )
-    metrics, original = run.metrics["test"], run.load_model()
     trained = runs.read_arrays(run.path / "weights.npz")
     with np.errstate(over="ignore"):
         arrays = {key: array.astype(np.float16) for key, array in trained.items()}
@@ -157,10 +156,11 @@ def export(
 
     probabilities = evaluation.predict(model, test.images)
     of_file = measured(probabilities)
-    flipped = [
-        measured(evaluation.predict(network, test.images, flip=True))
-        for network in (model, original)
-    ]
+    averaged = evaluation.average_with_mirrored(model, test.images, probabilities)
+    # Runs of other protocols than "final" are tested without mirror images.
+    flipped = run.metrics.get("test_flip") or measured(
+        evaluation.predict(run.load_model(), test.images, flip=True)
+    )
     superclasses = evaluation.per_superclass(
         probabilities, test.fine_labels, dataset.coarse_names, dataset.superclass_of
     )
@@ -175,7 +175,8 @@ def export(
         }
     }
     best_first = sorted(published.items(), key=lambda item: -item[1]["test_accuracy"])
-    card = _card(run, name, _numbers(of_file, metrics), _numbers(*flipped), superclasses)
+    plain = _numbers(of_file, run.metrics["test"])
+    card = _card(run, name, plain, _numbers(measured(averaged), flipped), superclasses)
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, content)
     _write(path.with_suffix(".md"), card.encode())

@@ -32,6 +32,9 @@ WEIGHTS = {"accurate": REFERENCE["accurate"][0]}
 #: The studies whose results the repository holds, in the order in which they follow each other.
 STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")
 
+#: The study of what each technique is worth.
+ABLATIONS = "ablations"
+
 #: The recipe whose range of learning rates is tested beside them.
 RANGE_TEST = recipes.get("seed", train_size=10_000, validation_size=1_000)
 
@@ -72,6 +75,7 @@ def report(
     range_test: Path | None = None,
     compared: Sequence[runs.Run] = (),
     tried: Path | None = None,
+    ablations: Path | None = None,
     readme: bool = False,
 ) -> Path:
     """Run the notebooks on finished runs, and on studies, and make pages of them.
@@ -88,6 +92,7 @@ def report(
         range_test: the table of a range test, shown with them.
         compared: the runs that are compared, where they are more than those shown.
         tried: a table of what else was tried, shown with the comparison.
+        ablations: the folder of the study of variants that is shown with it.
         readme: also write the index as `README.md`.
 
     Returns:
@@ -128,6 +133,7 @@ def report(
         "runs_dir": str(compared[0].path.parent),
         "runs": [run.name for run in compared],
         "tried": str(tried or ""),
+        "ablations": str(ablations or ""),
     }
     executed, failures = [], []
     for name, parameters in plan.items():
@@ -265,7 +271,7 @@ def reference(runs_dir: Path) -> Path:
             shutil.copyfile(run.path / name, folder / name)
     for name, recipe in WEIGHTS.items():
         weights.export(train(recipe, runs_dir, ROOT / "figures"), name)
-    for name in STUDIES:
+    for name in (*STUDIES, ABLATIONS):
         study = studies.load(ROOT / "studies" / f"{name}.yaml")
         done = sweeps.run(study, runs_dir / "studies")
         folder = results / "studies" / name
@@ -293,6 +299,7 @@ def reference(runs_dir: Path) -> Path:
         range_test=results / "range_test.csv",
         compared=list(itertools.chain(*trained.values())),
         tried=results / "tried.csv",
+        ablations=results / "studies" / ABLATIONS,
         readme=True,
     )
 
@@ -313,6 +320,7 @@ def readme_tables(results: Path) -> dict[str, str]:
     tables["calibration"] = pd.DataFrame(
         _calibration_row(calibration.read(results / "studies" / name)) for name in STUDIES
     )
+    tables["ablations"] = _ablations(calibration.read(results / "studies" / ABLATIONS))
     tables["sweep cost"] = _sweep_costs(results / "benchmarks" / "sweeps.json")
     speed = json.loads((results / "benchmarks" / "throughput.json").read_text("utf-8"))
     tables["training speed"] = pd.DataFrame(
@@ -392,6 +400,23 @@ def _calibration_row(found: calibration.Results) -> dict[str, object]:
         second = {name: others[0][name] for name in found.parameters}
         row["second"] = f"{calibration.describe(second)}: {percent(others[0]['val_accuracy'])}"
     return row
+
+
+def _ablations(found: calibration.Results) -> pd.DataFrame:
+    """What a training loses without a technique, the first variant of a study having them all."""
+    points = calibration.points(found).set_index("variant")
+    first, *others = found.study["variants"]
+    loss = points["val_accuracy"] - points.at[first, "val_accuracy"]
+    return pd.DataFrame(
+        {
+            "training": name,
+            "validation accuracy": percent(points.at[name, "val_accuracy"]),
+            "lowest": percent(points.at[name, "lowest"]),
+            "highest": percent(points.at[name, "highest"]),
+            "points": "" if name == first else f"{100 * loss[name]:+.1f}",
+        }
+        for name in (first, *sorted(others, key=loss.get))
+    )
 
 
 def _sweep_costs(path: Path) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
@@ -11,7 +12,7 @@ from cifar_lib import augmentation
 from cifar_lib.augmentation import Batches, GeneratorPolicy
 from cifar_lib.backend import keras
 from cifar_lib.data import Split
-from cifar_lib.recipes import AUGMENTATIONS
+from cifar_lib.recipes import AUGMENTATIONS, MIXINGS
 
 # As the slide deck prints them.
 DECK = dict(  # noqa: C408
@@ -64,6 +65,7 @@ def found(policies) -> dict[str, dict[str, np.ndarray]]:
 def test_the_arguments_are_the_decks():
     assert augmentation.SEED_ARGUMENTS == DECK
     assert set(augmentation.BUILDERS) == set(AUGMENTATIONS)
+    assert set(augmentation.MIXERS) == set(MIXINGS)
 
 
 def test_no_augmentation_only_scales(policies):
@@ -200,6 +202,149 @@ def test_crop_flip_shows_both_orientations_in_turn(policies):
         assert np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.2, "drawn anew"
 
 
+def erased_pixels(policies, images: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """What erasing makes of images, and where, bool (N, 32, 32), it differs from "crop_flip"."""
+    indices = np.arange(len(images))
+    out = policies["crop_flip_erase"](images, 3, epoch, indices)
+    return out, (out != policies["crop_flip"](images, 3, epoch, indices)).any(axis=3)
+
+
+def test_erasing_fills_a_rectangle_of_every_other_picture_with_uniform_noise(policies):
+    out, changed = erased_pixels(policies, noise(DRAWS), 5)
+    areas = changed.sum(axis=(1, 2))
+    assert stats.binomtest(int((areas > 0).sum()), DRAWS).pvalue > 1e-3
+    for mask in changed[areas > 0]:
+        np.testing.assert_array_equal(mask, mask.any(axis=1)[:, None] & mask.any(axis=0))
+    assert stats.kstest(out[changed].ravel()[:10_000], "uniform").pvalue > 1e-3
+    # Neither twice the same in an epoch, nor in the next one.
+    assert len(np.unique(out[changed][:, 0])) > 0.99 * changed.sum()
+    again, changed_again = erased_pixels(policies, noise(DRAWS), 6)
+    both = changed & changed_again
+    assert (out[both] == again[both]).mean() < 0.01
+
+
+def test_erased_rectangles_are_as_large_and_as_far_aside_as_keras_makes_them(policies):
+    layer = policies["crop_flip_erase"].layer
+    drawn = layer.get_random_transformation(np.zeros((DRAWS, 32, 32, 3), np.float32), seed=1)
+    masks = keras.ops.convert_to_numpy(drawn["batch_masks"])[..., 0]
+    apply = keras.ops.convert_to_numpy(drawn["apply_erasing"])
+    assert stats.binomtest(int(apply.sum()), DRAWS).pvalue > 1e-3
+    _, changed = erased_pixels(policies, noise(DRAWS), 5)
+    changed = changed[changed.any(axis=(1, 2))]
+    for axis in (1, 2):
+        for number in (
+            lambda rows: rows.sum(axis=1),  # the side
+            lambda rows: rows.argmax(axis=1),  # where it begins
+        ):
+            ours, theirs = number(changed.any(axis=3 - axis)), number(masks.any(axis=3 - axis))
+            assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
+    sides = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
+    assert stats.pearsonr(*sides).pvalue > 1e-3, "independent"
+
+
+def test_random_operations_are_all_alike_and_differ_from_picture_to_picture(policies):
+    policy = policies["rand_augment"]
+    drawn = policy.draw(3, 5, np.arange(DRAWS))
+    assert len(drawn) == policy.operations == 2
+    eleven = len(augmentation.OPERATIONS)
+    (first, strengths), (second, other_strengths) = drawn
+    pairs = np.bincount(eleven * first + second, minlength=eleven**2)
+    assert stats.chisquare(pairs).pvalue > 1e-3
+    columns = np.concatenate([strengths, other_strengths], axis=1)
+    assert columns.dtype == np.float32
+    for column in columns.T:
+        assert stats.kstest(column, "uniform", (-0.5, 1.0)).pvalue > 1e-3
+    assert (np.abs(np.corrcoef(columns.T) - np.eye(4)) < 0.1).all()
+
+
+def test_random_operations_are_made_of_the_views_one_after_the_other(policies):
+    policy, images, indices = policies["rand_augment"], noise(60), np.arange(60)
+    assert list(augmentation.OPERATIONS) == policy.layer._AUGMENT_LAYERS
+    expected = np.rint(policies["crop_flip"](images, 3, 5, indices) * 255)
+    for chosen, strengths in policy.draw(3, 5, indices):
+        for row, number in enumerate(chosen):
+            name, one = list(augmentation.OPERATIONS)[number], slice(row, row + 1)
+            expected[one] = policy.apply(name, expected[one], strengths[one])
+    np.testing.assert_allclose(policy(images, 3, 5, indices), expected / 255, atol=1e-6)
+
+
+def by_pillow(name: str, image: np.ndarray, strength: float) -> np.ndarray:
+    """What the paper's code does with Pillow, for `strength` -1..1 of the largest."""
+    picture = Image.fromarray(image)
+    factor, pixels, shear = 1 + 0.9 * strength, 150 / 331 * 32 * strength, 0.3 * strength
+    # Pillow counts from the corner of a pixel.
+    sheared, shifted = (1, shear, -shear / 2, shear, 1, -shear / 2), (1, 0, -pixels, 0, 1, -pixels)
+    affine = (Image.Transform.AFFINE, {"resample": Image.Resampling.BILINEAR})
+    made = {
+        "random_brightness": lambda: ImageEnhance.Brightness(picture).enhance(factor),
+        "random_color_degeneration": lambda: ImageEnhance.Color(picture).enhance(factor),
+        "random_contrast": lambda: ImageEnhance.Contrast(picture).enhance(factor),
+        "random_sharpness": lambda: ImageEnhance.Sharpness(picture).enhance(factor),
+        "random_posterization": lambda: ImageOps.posterize(picture, 8 - round(4 * abs(strength))),
+        "solarization": lambda: ImageOps.solarize(picture, 256 * (1 - abs(strength))),
+        "auto_contrast": lambda: ImageOps.autocontrast(picture),
+        "random_rotation": lambda: picture.rotate(30 * strength, affine[1]["resample"]),
+        "random_shear": lambda: picture.transform((32, 32), affine[0], sheared, **affine[1]),
+        "random_translation": lambda: picture.transform((32, 32), affine[0], shifted, **affine[1]),
+    }
+    return np.asarray(made[name]())
+
+
+@pytest.mark.parametrize("strength", [-0.5, -0.2, 0.3, 0.5])
+@pytest.mark.parametrize(
+    ("name", "border"),
+    [
+        ("random_brightness", 0),
+        ("random_color_degeneration", 0),
+        ("random_contrast", 0),
+        ("random_sharpness", 1),
+        ("random_posterization", 0),
+        ("solarization", 0),
+        ("auto_contrast", 0),
+        ("random_rotation", 8),
+        ("random_shear", 8),
+        ("random_translation", 8),
+    ],
+)
+def test_operations_are_those_of_the_paper(policies, name, border, strength):
+    coarse = np.random.default_rng(0).integers(20, 230, (6, 4, 4, 3), np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in coarse])
+    if name == "random_brightness":  # that Keras adds, alike for a middle grey alone
+        images[:] = 128
+    if name == "random_contrast":  # for Pillow around the grey picture's mean, not a channel's
+        images[:] = images[..., :1]
+    found = policies["rand_augment"].apply(
+        name, images.astype(np.float32), np.full((6, 2), strength, np.float32)
+    )
+    assert found.dtype == np.float32
+    expected = np.stack([by_pillow(name, image, strength) for image in images])
+    # Pillow fills another border, and rounds.
+    middle = slice(border, 32 - border)
+    np.testing.assert_allclose(found[:, middle, middle], expected[:, middle, middle], atol=1.6)
+
+
+@pytest.mark.parametrize("name", [*augmentation.OPERATIONS])
+def test_an_operation_without_strength_leaves_an_image_as_it_is(policies, name):
+    images = noise(5).astype(np.float32)
+    images[:, 0, 0], images[:, 0, 1] = 0, 255  # nothing to be gained in contrast
+    found = policies["rand_augment"].apply(name, images, np.zeros((5, 2), np.float32))
+    if name == "equalization":
+        images = augmentation.equalize(images)
+    np.testing.assert_allclose(found, images, atol=1e-3)
+
+
+def test_equalisation_is_that_of_keras_one_picture_at_a_time():
+    images = noise(5).astype(np.float32)
+    images[1] //= 8
+    images[2, ..., 0] = 7
+    images[3] = np.arange(1024).reshape(32, 32, 1) // 4
+    images[4] += np.float32(0.4) * (images[4] < 255)  # between two grey levels
+    layer = keras.layers.Equalization(dtype="float32")
+    for image, found in zip(images, augmentation.equalize(images), strict=True):
+        expected = keras.ops.convert_to_numpy(layer.transform_images(image[None], None))[0]
+        np.testing.assert_array_equal(found, np.where(np.ptp(image, (0, 1)) > 0, expected, image))
+
+
 @pytest.mark.parametrize("size", [12, 17, 24, 32, 40])
 def test_resizing_is_keras_own(size):
     images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
@@ -262,6 +407,72 @@ def test_smoothed_labels_are_probabilities(smoothing):
     np.testing.assert_allclose(targets, expected, atol=1e-7)
     np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
     assert (targets.argmax(axis=1) == split.fine_labels).all()
+
+
+def mixed(mixing: str, size: int, smoothing: float | None) -> tuple[np.ndarray, ...]:
+    """A batch whose rows are its labels: images and targets, mixed and not."""
+    split, choices = make_split(60), {"size": size, "seed": 1}
+    images, targets = Batches(split, 60, mixing=mixing, label_smoothing=smoothing, **choices)[0]
+    assert images.dtype == targets.dtype == np.float32
+    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-5)
+    return images, targets, *Batches(split, 60, label_smoothing=smoothing or 0.0, **choices)[0]
+
+
+def partner(row: int, targets: np.ndarray) -> int:
+    """The row with which an image was mixed."""
+    others = np.delete(np.arange(60), row)
+    return others[targets[row, others].argmax()]
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.2])
+def test_mixup_blends_images_and_labels_by_the_same_uniform_shares(smoothing):
+    images, targets, plain, labels = mixed("mixup", 32, smoothing)
+    kept = []
+    for row in range(60):
+        other = partner(row, targets)
+        difference = plain[row] - plain[other]
+        share = np.vdot(images[row] - plain[other], difference) / np.square(difference).sum()
+        np.testing.assert_allclose(images[row], plain[other] + share * difference, atol=1e-5)
+        expected = share * labels[row] + (1 - share) * labels[other]
+        np.testing.assert_allclose(targets[row], expected, atol=1e-5)
+        kept.append(share)
+    assert stats.kstest(kept, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("size", "smoothing"), [(32, None), (32, 0.2), (12, None)])
+def test_cutmix_pastes_a_rectangle_and_mixes_labels_by_its_pixels(size, smoothing):
+    images, targets, plain, labels = mixed("cutmix", size, smoothing)
+    shares = []
+    for row in range(60):
+        other = partner(row, targets)
+        pasted = (images[row] != plain[row]).any(axis=2)
+        rows, columns = pasted.any(axis=1), pasted.any(axis=0)
+        np.testing.assert_array_equal(pasted, rows[:, None] & columns)
+        assert abs(rows.sum() - columns.sum()) <= 1, "of the image's shape"
+        np.testing.assert_array_equal(images[row][pasted], plain[other][pasted])
+        share = pasted.mean()
+        expected = (1 - share) * labels[row] + share * labels[other]
+        np.testing.assert_allclose(targets[row], expected, atol=1e-5)
+        shares.append(share)
+    assert stats.kstest(shares, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_mixing_depends_on_seed_epoch_and_number_of_the_batch_alone(mixing):
+    split = make_split(40)
+    split.images[20:] = split.images[:20]  # so that both batches are alike
+
+    def images(number: int, epoch: int, seed: int) -> np.ndarray:
+        batches = Batches(split, 20, seed=seed, mixing=mixing)
+        batches.epoch = epoch
+        return batches[number][0]
+
+    same = Batches(split, 20, seed=1, mixing=mixing)
+    for same.epoch, number in ((0, 0), (3, 0), (0, 1)):
+        np.testing.assert_array_equal(same[number][0], images(number, same.epoch, 1))
+    different = [images(0, 0, 1), images(1, 0, 1), images(0, 3, 1), images(0, 0, 2)]
+    for one, other in itertools.combinations(different, 2):
+        assert (one != other).any(axis=(1, 2, 3)).mean() > 0.9
 
 
 def test_any_number_of_workers_trains_in_the_same_order(policies):

@@ -484,11 +484,30 @@ def test_accuracy_by_minutes_has_a_point_a_run_and_an_entry_a_recipe():
         figures.accuracy_by_minutes(runs[:0], {}, "CIFAR-100")
 
 
+def test_variants_are_ordered_by_their_mean_beside_the_first():
+    table = trials(
+        variant=["all", "less", "all", "more", "broken"],
+        val_accuracy=[0.50, 0.40, 0.52, 0.60, np.nan],
+        state=["complete"] * 4 + ["failed"],
+    )
+    figure = figures.variants(table, "CIFAR-100")
+    axes, distances = figure.axes[0], figure.axes[0].child_axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["less", "all", "more"]
+    labels = [label.get_text() for label in distances.get_yticklabels()]
+    assert labels == ["-11.0", "", "+9.0"]
+    dots, means, first = axes.get_lines()
+    assert sorted(map(tuple, dots.get_xydata())) == [(0.4, 0), (0.5, 1), (0.52, 1), (0.6, 2)]
+    assert means.get_xdata() == pytest.approx([0.4, 0.51, 0.6])
+    assert first.get_xdata() == pytest.approx([0.51, 0.51])
+    rendered(figure)
+
+
 def test_figures_of_a_study_refuse_nothing():
     table = trials(learning_rate=[1e-3], val_accuracy=[0.1], state=["pruned"])
     for draw in (
         lambda: figures.calibration_curve(table, "learning_rate", "t"),
         lambda: figures.search_history(table, "t"),
+        lambda: figures.variants(table.assign(variant="all"), "t"),
         lambda: figures.parallel_coordinates(table, ["learning_rate"], "t"),
     ):
         with pytest.raises(ValueError, match="no trial is complete"):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar_lib import backend
+from cifar_lib import backend, recipes
 from cifar_lib.backend import keras
-from cifar_lib.layers import BatchNormalization, Conv2D, Dirac, SiLU, Whitening
+from cifar_lib.layers import ACTIVATIONS, BatchNormalization, Conv2D, Dirac, Whitening, silu
 
 # The largest error that rounding may cause, as a share of the largest value.
 ROUNDING = {"float32": 2e-6, "mixed_bfloat16": 2**-7}
@@ -123,11 +123,13 @@ def test_batch_normalization_is_keras_own(choices, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_silu_and_its_gradient_are_keras_own(dtype):
+@pytest.mark.parametrize("name", recipes.ACTIVATIONS)
+def test_an_activation_and_its_gradient_are_keras_own(name, dtype):
     inputs = np.concatenate([normal(7, 5), [[-1e4, -20, 0, 20, 1e4]]]).astype("float32")
     upstream = normal(8, 5, seed=2)
-    theirs = passes(keras.layers.Activation(keras.ops.silu), inputs, upstream)
-    for ours, expected in zip(passes(SiLU(dtype=dtype), inputs, upstream), theirs, strict=True):
+    layer = keras.layers.Activation(ACTIVATIONS[name], dtype=dtype)
+    theirs = passes(keras.layers.Activation(getattr(keras.ops, name)), inputs, upstream)
+    for ours, expected in zip(passes(layer, inputs, upstream), theirs, strict=True):
         assert np.isfinite(ours).all()
         np.testing.assert_allclose(ours, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
@@ -194,7 +196,7 @@ def test_the_seed_decides_the_random_filters():
 
 def test_a_network_of_these_layers_is_copied_whole():
     inputs = keras.Input((None, None, 3))
-    x = SiLU()(Whitening(patch=3, epsilon=0.1)(inputs))
+    x = keras.layers.Activation(silu)(Whitening(patch=3, epsilon=0.1)(inputs))
     x = Conv2D(4, 3, kernel_initializer=Dirac(2))(x)
     model = keras.Model(inputs, BatchNormalization(scale=False, momentum=0.6)(x))
     copies = (

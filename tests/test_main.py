@@ -62,7 +62,7 @@ def test_help_of_train_lists_every_choice():
     shown = help_of("train")
     for option in ("--learning-rate FLOAT", "--epochs INT", "--classes CLASS", "--protocol STR"):
         assert option in shown
-    assert "recipes: seed, seed-provisional, fast, accurate, quick" in shown
+    assert "recipes: seed, seed-provisional, seed-onecycle, fast, accurate, best, quick" in shown
 
 
 @pytest.mark.parametrize(
@@ -230,6 +230,19 @@ def test_a_dry_run_lists_the_trials_and_estimates_their_time(synthetic, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_counts_the_steps_at_every_image_size(synthetic, tmp_path, capsys):
+    study = tmp_path / "small.yaml"
+    study.write_text(
+        "recipe: fast\nchoices: {dataset: synthetic, protocol: holdout, train_size: 100, "
+        "validation_size: 100, batch_size: 50, epochs: 3, image_sizes: [12, 16], "
+        "model: airbench}\nvariants: {all: {}}\n",
+        encoding="utf-8",
+    )
+    assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    _, trial, _ = capsys.readouterr().out.splitlines()
+    assert re.match(r" +0  variant all, seed 0: 6 steps of \d+ ms, \d+:\d\d$", trial)
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
@@ -237,7 +250,7 @@ def test_a_dry_run_lists_the_trials_and_estimates_their_time(synthetic, tmp_path
             "recipe: seed\nparameters: {learning_rte: [1]}\n",
             "line 2: .*Did you mean 'learning_rate'",
         ),
-        ("recipe: seed\n", "the field parameters is missing"),
+        ("recipe: seed\n", "write the field parameters"),
     ],
 )
 def test_a_study_that_cannot_be_ends_with_code_2(written, told, tmp_path, capsys):

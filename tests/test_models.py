@@ -5,7 +5,7 @@ import pytest
 
 from cifar_lib import models
 from cifar_lib.backend import keras
-from cifar_lib.recipes import MODELS, RESIZABLE
+from cifar_lib.recipes import ACTIVATIONS, MODELS, RESIZABLE, WHITENED
 
 layers = keras.layers
 
@@ -85,7 +85,9 @@ def test_the_seed_network_is_the_decks():
     assert {config["pool_size"] for config in configs if "pool_size" in config} == {(2, 2)}
     assert [config["rate"] for config in configs if "rate" in config] == [0.25, 0.25, 0.25, 0.5]
     assert [config["units"] for config in configs if "units" in config] == [1024, 100]
-    activations = [config["activation"] for config in configs if "activation" in config]
+    activations = [
+        layer.activation.__name__ for layer in model.layers if "activation" in dir(layer)
+    ]
     assert activations == ["elu"] * 7 + ["softmax"]
 
 
@@ -96,7 +98,7 @@ def test_outputs_are_probabilities_in_float32(name, precision):
     model = models.build(name, precision=precision)
     assert keras.config.dtype_policy() == policy, "the global policy is the caller's"
     assert {str(weight.dtype) for weight in model.weights} == {"float32"}
-    assert model.layers[1].compute_dtype == precision
+    assert model.layers[2].compute_dtype == precision
 
     images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
     probabilities = model.predict_on_batch(images)
@@ -148,6 +150,16 @@ def test_the_fast_networks_are_as_large_as_published(
     assert table["receptive_field"].iloc[-1] == 32, "all of the picture"
 
 
+def test_the_wide_resnet_is_as_large_as_published(fast_networks):
+    table = models.summary(fast_networks["wide_resnet"])
+    # arXiv 1605.07146, table 5: 36.5 M; 5.2 G multiply-adds is what is reported of WRN-28-10.
+    assert fast_networks["wide_resnet"].count_params() == pytest.approx(36.5e6, rel=0.002)
+    assert table["multiply_adds"].sum() == pytest.approx(5.2e9, rel=0.02)
+    sides = table["output_shape"].map(lambda shape: shape[0] if len(shape) == 3 else 1)
+    assert list(dict.fromkeys(sides)) == [32, 16, 8, 1]
+    assert sum(kind.startswith("Conv2D 3x3") for kind in table["kind"]) == 25  # and 3 of 1x1
+
+
 @pytest.mark.parametrize("side", [32, 24, 20, 12])
 @pytest.mark.parametrize("name", RESIZABLE)
 def test_the_fast_networks_take_images_of_other_sides(fast_networks, name, side):
@@ -172,7 +184,7 @@ def test_only_what_whitens_is_adapted(name):
         for weight, old in zip(model.weights, before, strict=True)
         if not np.array_equal(weight.numpy(), old)
     ]
-    assert sorted(changed) == ([] if name == "seed" else ["deviation", "kernel", "mean"])
+    assert sorted(changed) == (["deviation", "kernel", "mean"] if name in WHITENED else [])
     if changed:
         [layer] = [layer for layer in model.layers if "whitening" in layer.name]
         outputs = layer(images / np.float32(255)).numpy()[..., :12].reshape(-1, 12)
@@ -186,7 +198,7 @@ def test_the_seed_decides_the_weights(name):
         np.testing.assert_array_equal(a, b)
         # Identity filters for all outputs, and the whitening before it is adapted, have no chance.
         fixed = a.ndim == 4 and (a.shape[2] >= a.shape[3] or not a.any())
-        assert a.ndim == 1 or np.array_equal(a, c) == (name != "seed" and fixed)
+        assert a.ndim == 1 or np.array_equal(a, c) == (name in WHITENED and fixed)
 
 
 def test_the_weights_of_the_seed_network_are_glorots():
@@ -197,3 +209,34 @@ def test_the_weights_of_the_seed_network_are_glorots():
         limit = math.sqrt(6 / (window * sum(kernel.shape[-2:])))
         assert 0.99 * limit < np.abs(kernel).max() <= limit
     assert len({kernel.flat[0] for kernel in kernels}) == len(kernels), "each layer has its own"
+
+
+@pytest.mark.parametrize("name", WHITENED)
+def test_without_whitening_the_first_filters_are_trained(name):
+    model = models.build(name, whitening=False)
+    [layer] = [layer for layer in model.layers if "whitening" in layer.name]
+    assert {variable.name for variable in layer.trainable_variables} == {"kernel", "bias"}
+    before = np.array(layer.kernel)
+    assert 0 < np.abs(before).max() <= 1 / math.sqrt(12), "PyTorch's default"
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    models.adapt(model, images)
+    np.testing.assert_array_equal(layer.kernel, before)
+    np.testing.assert_allclose(layer.mean, images.mean((0, 1, 2)) / 255, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WHITENED)
+def test_without_identity_filters_all_are_random(name):
+    for weight in models.build(name, identity_filters=False).trainable_variables:
+        if len(weight.shape) == 4:
+            height, width, inputs, _ = weight.shape
+            filters = np.array(weight)
+            assert np.abs(filters).max() <= 1 / math.sqrt(height * width * inputs)
+            assert len(np.unique(filters)) > 0.9 * filters.size
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_activation_replaces_the_networks_own(name, activation):
+    model = models.build(name, activation=activation)
+    used = {layer.activation.__name__ for layer in model.layers if "activation" in dir(layer)}
+    assert used - {"linear", "softmax"} == {activation}

@@ -26,6 +26,8 @@ OTHER = {
     "decay": 0.0,
     "weight_decay": 5e-4,
     "label_smoothing": 0.1,
+    "mixing": "mixup",
+    "weight_averaging": 0.99,
     "batch_size": 33,
     "epochs": 140,
     "early_stopping_patience": 3,
@@ -69,13 +71,15 @@ alone = st.fixed_dictionaries(
         "decay": st.floats(min_value=0, allow_infinity=False),
         "weight_decay": st.floats(min_value=0, allow_infinity=False),
         "label_smoothing": shares,
+        "mixing": st.none() | st.sampled_from(recipes.MIXINGS),
+        "weight_averaging": shares,
         "epochs": st.integers(min_value=3),
         "precision": st.sampled_from(recipes.PRECISIONS),
         "seed": st.integers(min_value=0),
         "train_size": st.none() | st.integers(32, 40_000),
         "protocol": st.sampled_from(recipes.PROTOCOLS),
         "test_size": st.none() | st.integers(1, 10_000),
-        "batch_size": st.integers(1, 32),
+        "batch_size": st.integers(2, 32),
     }
 )
 made = st.builds(lambda one, other: Recipe(**one, **other), alone, together)
@@ -164,11 +168,17 @@ def test_json_keeps_a_tuple(choice):
         ({"schedule": "linear", "warmup": 1.0}, r"warmup is 1\.0; it must be in 0\.\.1, below 1"),
         ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; it must be in 0\.\.1, below 1"),
         ({"label_smoothing": -0.1}, r"label_smoothing is -0\.1; it must be in 0\.\.1"),
+        ({"weight_averaging": 1.0}, r"weight_averaging is 1\.0; it must be in 0\.\.1, below 1"),
+        ({"mixing": "mix_up"}, r"mixing 'mix_up' is unknown\. Did you mean 'mixup'\?"),
+        (
+            {"mixing": "cutmix", "batch_size": 1},
+            r"mixing is 'cutmix', but batch_size is 1: .* 2 or more, or mixing=None",
+        ),
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0; .* 0 or more"),
         (
             {"image_sizes": [24, 32]},
             r"image_sizes is \(24, 32\), .*'seed' takes .* 32 pixels alone\. "
-            "Use one of airbench, speedrun, or image_sizes=None",
+            "Use one of airbench, speedrun, wide_resnet, or image_sizes=None",
         ),
         (
             {"model": "airbench", "image_sizes": [24, 33]},

@@ -19,6 +19,13 @@ recipe: seed
 parameters:
   learning_rate: [0.001, 0.01]
 """
+VARIANTS = """\
+recipe: fast
+choices: {protocol: holdout, epochs: 2, image_sizes: [16, 20]}
+variants:
+  all: {}
+  without Muon: {optimizer: sgd, filter_learning_rate: null}
+"""
 DRAWN = """\
 recipe: seed
 parameters:
@@ -46,7 +53,7 @@ def load(tmp_path: Path):
 
 def test_the_shipped_studies_answer_the_questions_in_their_order():
     loaded = {path.stem: studies.load(path) for path in SHIPPED}
-    assert set(loaded) == {"learning_rate", "batch_size", "epochs", "maximum_accuracy"}
+    assert set(loaded) == {"learning_rate", "batch_size", "epochs", "maximum_accuracy", "ablations"}
     for name, study in loaded.items():
         assert study.name == name and study.description
         # What is chosen on test images says nothing of new ones.
@@ -155,6 +162,28 @@ WRONG = {
     ),
     "follows itself": (GRID + "follows: [example]\n", 4, "example cannot follow itself"),
     "name of a folder above": (GRID + "name: ../up\n", 4, "name is '../up'; use letters"),
+    "variants and parameters": (
+        VARIANTS + "parameters:\n  epochs: [1]\n",
+        1,
+        "write the field parameters, or variants in its place",
+    ),
+    "no variant": ("recipe: seed\nvariants: {}\n", 2, "name at least one variant"),
+    "variant without choices": (
+        VARIANTS.replace("{}", "3"),
+        4,
+        "all is 3; write its choices as a mapping",
+    ),
+    "variant makes no recipe": (
+        VARIANTS.replace(", filter_learning_rate: null", ""),
+        5,
+        "filter_learning_rate is 0.1, but the optimizer 'sgd' has one rate for all",
+    ),
+    "unknown choice of a variant": (
+        VARIANTS + "  other:\n    bach_size: 4\n",
+        7,
+        "Did you mean 'batch_size'?",
+    ),
+    "variants are drawn": (VARIANTS + "search: tpe\n", 6, "variants are all tried"),
     "nothing varied": ("recipe: seed\nparameters: {}\n", 2, "name at least one parameter"),
     "low above high": (
         DRAWN.replace("1e-4", "1"),
@@ -220,7 +249,7 @@ def test_what_is_wrong_is_named_with_its_line_and_the_remedy(name, load):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("recipe: seed\n", "the field parameters is missing; add it"),
+        ("recipe: seed\n", "write the field parameters, or variants in its place"),
         ("parameters:\n  epochs: [1]\n", "the field recipe is missing; add it"),
         ("", "is no study: write `recipe:` and `parameters:`"),
         ("- seed\n", "is no study: write `recipe:` and `parameters:`"),
@@ -238,6 +267,22 @@ def test_a_missing_file_names_those_that_are_there(tmp_path, load):
     for name in ("exmaple.yaml", "binary.yaml"):
         with pytest.raises(StudyError, match=rf"{name} cannot be read.*example\.yaml"):
             studies.load(tmp_path / name)
+
+
+def test_a_variant_is_a_set_of_choices(load):
+    study = load(VARIANTS)
+    assert study.planned() == [({"variant": "all"}, 0), ({"variant": "without Muon"}, 0)]
+    whole, without = (study.at(point, seed=3) for point in study.points())
+    assert whole == recipes.get(
+        "fast", protocol="holdout", epochs=2, image_sizes=(16, 20), test_size=0, seed=3
+    )
+    assert without == whole.replace(optimizer="sgd", filter_learning_rate=None)
+    written = json.loads(study.to_json())
+    assert written["variants"]["without Muon"] == {
+        "optimizer": "sgd",
+        "filter_learning_rate": None,
+    }
+    assert "variants" not in json.loads(load(GRID).to_json()), "as before there were any"
 
 
 def test_numbers_are_numbers_however_they_are_written(load):

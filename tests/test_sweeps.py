@@ -47,7 +47,8 @@ search: random
 trials: 2
 repeat_best: {points: 1, seeds: 2}
 """,
-    "failing": TRIAL.replace("adam", "sgd") + "parameters: {learning_rate: [1e30, 0.001]}\n",
+    "failing": TRIAL
+    + "variants: {broken: {optimizer: sgd, learning_rate: 1e30}, whole: {optimizer: sgd}}\n",
     "hanging": TRIAL.replace("epochs: 4", "epochs: 100_000")
     + "parameters: {learning_rate: [0.001]}\ntrial_minutes: 0.05\n",
     # No accuracy is above 1, so all trials are losing.
@@ -651,11 +652,12 @@ def test_a_trial_that_fails_is_told_with_its_cell_and_the_others_go_on(scenarios
     place, text = scenarios["undisturbed"].place, scenarios["undisturbed"].result()
     table = place.table("failing")
     assert list(table["state"]) == ["failed", "complete"]
+    assert list(table["variant"]) == ["broken", "whole"]
     assert "cell" in table["error"][0] and "TrainingError" in table["error"][0]
     assert "\n" not in table["error"][0] and pd.isna(table["val_accuracy"][0])
     assert (place.studies_dir / "failing" / table["notebook"][0]).exists()
     assert pd.isna(table["error"][1]) and table["val_accuracy"][1] >= 0
-    assert f"seed 0) failed: {table['error'][0]}" in text
+    assert f"(variant broken, seed 0) failed: {table['error'][0]}" in text
 
 
 def test_a_trial_that_hangs_is_stopped_at_its_limit(scenarios):

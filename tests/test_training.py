@@ -40,7 +40,13 @@ SMALL = {
 # is trained with, and early stopping. All have dropout.
 RECIPES = {
     "seed": {"optimizer": "adam", "schedule": "cosine", "precision": "float32"},
-    "none": {"optimizer": "rmsprop", "precision": "bfloat16", "protocol": "final"},
+    "none": {
+        "optimizer": "rmsprop",
+        "precision": "bfloat16",
+        "protocol": "final",
+        "mixing": "mixup",
+        "weight_averaging": 0.5,
+    },
     "seed_layers": {"optimizer": "sgd", "schedule": "constant", "protocol": "deck"},
     "shift_flip": {
         "optimizer": "adam",
@@ -265,6 +271,7 @@ def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_
     fast = {"model": "airbench", "augmentation": "crop_flip", "image_sizes": (16, 12, 14)}
     fast |= {"optimizer": "muon", "filter_learning_rate": 0.1, "label_smoothing": 0.2}
     fast |= {"schedule": "linear", "warmup": 0.25, "weight_decay": 5e-3, "precision": "bfloat16"}
+    fast |= {"mixing": "cutmix", "weight_averaging": 0.6}
     sizes = {"learning_rate": 0.5, "batch_size": 20, "epochs": 6, "early_stopping_patience": 5}
     recipe = recipes.get("seed", **SMALL | fast | sizes)
     folder, log = tmp_path / "killed", tmp_path / "log"
@@ -276,7 +283,48 @@ def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_
     whole = training.train(recipe, tmp_path / "whole", dataset=synthetic)
     assert_same(training.train(recipe, folder, dataset=synthetic), whole)
     # Nothing is forgotten where the size changes.
-    assert whole.metrics["weights_epoch"] == whole.history["val_loss"].argmin() + 1
+    losses = whole.history["val_loss"]
+    assert whole.metrics["weights_epoch"] == losses.argmin() + 1
+    assert whole.metrics["validation"]["loss"] == pytest.approx(losses.min(), rel=1e-2)
+
+
+AVERAGED = {
+    "model": "airbench",
+    "optimizer": "muon",
+    "filter_learning_rate": 0.1,
+    "learning_rate": 0.5,
+    "precision": "float32",
+    "batch_size": 24,
+    "image_sizes": (12, 12, 14),
+    "mixing": "cutmix",
+}
+
+
+@pytest.mark.parametrize("protocol", ["holdout", "final"])
+def test_the_averaged_weights_are_validated_and_kept(protocol, synthetic, tmp_path):
+    recipe = recipes.get("seed", **SMALL | AVERAGED, protocol=protocol, weight_averaging=0.6)
+    run = training.train(recipe, tmp_path / "run", dataset=synthetic)
+    # The same by hand, without callbacks and with Keras' average left out.
+    train = data.make_splits(synthetic, **recipe.split_choices).train
+    plain = recipe.replace(weight_averaging=0.0)
+    _, model = training.untrained(plain, train)
+    average = None
+    for epoch in range(recipe.epochs):
+        batches = training.training_batches(plain, train, recipe.image_size(epoch))
+        batches.epoch = epoch
+        for number in range(len(batches)):
+            model.train_on_batch(*batches[number])
+            weights = [variable.numpy() for variable in model.trainable_variables]
+            average = [0.6 * a + 0.4 * w for a, w in zip(average or weights, weights, strict=True)]
+    found = [variable.numpy() for variable in run.load_model().trainable_variables]
+    for ours, expected in zip(found, average, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+    distance = max(np.abs(a - w).max() for a, w in zip(average, weights, strict=True))
+    assert distance > 1e-2, "the last weights are others"
+    if protocol == "holdout":
+        assert run.metrics["validation"]["loss"] == pytest.approx(
+            run.history["val_loss"].iloc[-1], rel=1e-4
+        )
 
 
 def test_early_stopping_goes_back_to_the_best_weights(undisturbed):
