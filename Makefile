@@ -39,6 +39,7 @@ reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ agai
 	$(RUN) benchmarks/augmentation.py --out results/benchmarks/augmentation.json
 	$(RUN) benchmarks/throughput.py --out results/benchmarks/throughput.json
 	$(RUN) benchmarks/pytorch.py --torch-python $(TORCH_PYTHON) --out results/benchmarks/pytorch.json
+	$(RUN) benchmarks/operations.py --out results/benchmarks/operations.json
 	$(RUN) benchmarks/sweeps.py --out results/benchmarks/sweeps.json
 	$(RUN) -m cifar_lib reference $(ARGS)
 

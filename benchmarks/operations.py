@@ -195,6 +195,9 @@ def compare(ways: dict[tuple[str, str], Pair], rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--networks", nargs="+", default=list(BATCH_SIZES), choices=BATCH_SIZES, metavar="NETWORK"
+    )
     parser.add_argument("--seconds", type=float, default=8, help="of the steps of each network")
     parser.add_argument("--rounds", type=int, default=15, help="calls of each of a pair")
     parser.add_argument("--batch-size", type=int, help="of everything, for a look that is quick")
@@ -208,10 +211,10 @@ def main() -> None:
     # That each of many networks has a step of its own is no mistake to warn of.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     precisions = list(dict.fromkeys((backend.resolve_precision("auto"), "float32")))
-    steps, shares = [], []
-    for network, usual_size in BATCH_SIZES.items():
+    steps, operations = [], []
+    for network in options.networks:
         for precision in precisions:
-            step = recipe(network, precision, options.batch_size or usual_size)
+            step = recipe(network, precision, options.batch_size or BATCH_SIZES[network])
             seconds, by_kind = profiled(step, options.seconds)
             median, total = statistics.median(seconds), sum(by_kind.values())
             what = {"network": network, "precision": precision, "batch_size": step.batch_size}
@@ -219,8 +222,10 @@ def main() -> None:
             steps.append(what | measured | {"milliseconds_on_threads": round(1000 * total, 1)})
             print(f"{network}, {precision}: {1000 * median:,.0f} ms a step", flush=True)
             for kind, part in by_kind.items():
-                share = round(part / total, 4)
-                shares.append(what | {"kind": kind, "share": share})
+                share = part / total
+                per_image = 1000 * median * share / step.batch_size
+                row = {"milliseconds_per_image": round(per_image, 5), "share": round(share, 4)}
+                operations.append(what | {"kind": kind} | row)
                 print(f"  {kind:<28}{share:7.1%}", flush=True)
     ways = {
         (what, precision): pair
@@ -236,7 +241,7 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"environment": backend.describe(" and ".join(precisions)), "steps": steps}
-        runs.write_json(options.out, content | {"shares": shares, "pairs": compared})
+        runs.write_json(options.out, content | {"operations": operations, "pairs": compared})
 
 
 if __name__ == "__main__":

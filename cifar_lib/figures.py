@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -34,6 +34,18 @@ TRAINING, VALIDATION, TEST, DECK = _PALETTE[0], _PALETTE[1], _PALETTE[2], _PALET
 RIGHT, WRONG = _PALETTE[2], _PALETTE[3]
 SUPERCLASS_ONLY = _PALETTE[8]
 BACKEND_COLORS = {"tensorflow": _PALETTE[5], "jax": _PALETTE[9], "torch": _PALETTE[4]}
+# Of the kinds of operations in a step, in the order in which they are stacked.
+KIND_COLORS = {
+    "convolution": _PALETTE[0],
+    "input gradient": _PALETTE[9],
+    "filter gradient": _PALETTE[4],
+    "matrix products": _PALETTE[3],
+    "batch normalisation": _PALETTE[2],
+    "activation and its gradient": _PALETTE[8],
+    "pooling and its gradient": _PALETTE[5],
+    "optimiser": _PALETTE[1],
+    "the rest": _PALETTE[7],
+}
 # What marks the best of something, the next in importance, and a trial that was pruned.
 STAR = {"marker": "*", "ms": 14, "mec": "black", "mew": 0.7, "linestyle": "none", "zorder": 4}
 DIAMOND = STAR | {"marker": "D", "ms": 8}
@@ -1057,6 +1069,41 @@ def training_speed(table: pd.DataFrame, title: str) -> Figure:
         handles.append(Patch(fc="0.7", ec="white", hatch="////", label="in float32"))
     handles.append(Line2D([], [], **marked, label="without making the batches"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def step_times(table: pd.DataFrame, title: str) -> Figure:
+    """Draw where the time of a training step goes, a stacked bar for each network and precision.
+
+    `table` has a row for each kind of operation of each bar: `network`, `precision`, `kind` (one of
+    `KIND_COLORS`), `milliseconds_per_image`, and `share` (0..1) of the bar, which is written into
+    parts that have room for it. Raises ValueError if there is no row.
+    """
+    if table.empty:
+        raise ValueError("nothing to draw: no network was measured")
+    bars = table["network"] + ", " + table["precision"]
+    names = list(bars.unique())
+    figure = _figure(7.2, 1.9 + 0.36 * len(names), layout="constrained")
+    axes = figure.subplots()
+    ends = np.zeros(len(names))
+    longest = table["milliseconds_per_image"].groupby(bars).sum().max()
+    for kind, color in KIND_COLORS.items():
+        of_kind = table[table["kind"] == kind].set_index(bars[table["kind"] == kind])
+        parts = of_kind["milliseconds_per_image"].reindex(names, fill_value=0.0)
+        drawn = axes.barh(names, parts, 0.8, ends, color=color, ec="white", lw=0.5, label=kind)
+        shares = of_kind["share"].reindex(names, fill_value=0.0)
+        room = parts > 0.05 * longest
+        texts = [f"{share:.0%}" if fits else "" for share, fits in zip(shares, room, strict=True)]
+        dark = np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.45
+        ink = "white" if dark else "black"
+        axes.bar_label(drawn, texts, label_type="center", fontsize=8.5, color=ink)
+        ends = ends + parts.to_numpy()
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of a training step, an image")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(title)
     return figure
 

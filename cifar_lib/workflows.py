@@ -22,8 +22,9 @@ DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.55
 #: the pages show the first of each.
 REFERENCE = {
     "seed-provisional, 14 of 139 epochs": [recipes.get("seed-provisional", epochs=14)],
+    "seed-onecycle": [recipes.get("seed-onecycle")],
     "fast": [recipes.get("fast", seed=seed) for seed in range(3)],
-    "accurate": [recipes.get("accurate")],
+    "accurate": [recipes.get("accurate", seed=seed) for seed in range(2)],
 }
 
 #: The networks that `weights/` publishes, by name: the recipe of each one's run.
@@ -76,6 +77,7 @@ def report(
     compared: Sequence[runs.Run] = (),
     tried: Path | None = None,
     ablations: Path | None = None,
+    operations: Path | None = None,
     readme: bool = False,
 ) -> Path:
     """Run the notebooks on finished runs, and on studies, and make pages of them.
@@ -93,6 +95,7 @@ def report(
         compared: the runs that are compared, where they are more than those shown.
         tried: a table of what else was tried, shown with the comparison.
         ablations: the folder of the study of variants that is shown with it.
+        operations: what `benchmarks/operations.py` wrote, shown with it, if it is there.
         readme: also write the index as `README.md`.
 
     Returns:
@@ -134,6 +137,7 @@ def report(
         "runs": [run.name for run in compared],
         "tried": str(tried or ""),
         "ablations": str(ablations or ""),
+        "operations": str(operations) if operations and operations.exists() else "",
     }
     executed, failures = [], []
     for name, parameters in plan.items():
@@ -300,6 +304,7 @@ def reference(runs_dir: Path) -> Path:
         compared=list(itertools.chain(*trained.values())),
         tried=results / "tried.csv",
         ablations=results / "studies" / ABLATIONS,
+        operations=results / "benchmarks" / "operations.json",
         readme=True,
     )
 

@@ -2,14 +2,17 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from cifar_lib import ROOT, benchmark, recipes, runs
+from cifar_lib import ROOT, benchmark, figures, recipes, runs
 from cifar_lib.__main__ import main
 
 MISSING = [name for name in benchmark.BACKENDS if importlib.util.find_spec(name) is None]
@@ -72,6 +75,27 @@ def test_what_cannot_be_measured_ends_with_code_2(arguments, told, tmp_path, cap
     assert not (tmp_path / "none").exists()
 
 
+def test_ctrl_c_leaves_the_rounds_that_are_finished(tmp_path):
+    # A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-m", "cifar_lib", "benchmark", "quick", "--out", str(tmp_path)]
+    options = ["--seconds", "0.1", "--rounds", "1000", "--backends", "tensorflow"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *options], cwd=ROOT, start_new_session=True, **pipes)
+    with process:
+        next(line for line in process.stdout if line.startswith("2/1000"))
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert "What is finished is kept: give the same command to measure again." in told
+    assert "Traceback" not in told
+    content = json.loads((tmp_path / "benchmark.json").read_text("utf-8"))
+    assert 1 <= content["rounds"] < 1000
+    table = pd.read_csv(tmp_path / "benchmark.csv")
+    assert table.to_dict("records") == content["throughput"]
+    assert (table["steps"] >= content["rounds"]).all()
+
+
 def test_a_recipe_of_several_sizes_is_their_mean_by_epochs():
     recipe = recipes.get("fast", epochs=4, image_sizes=(20, 20, 24, 28), batch_size=1_000)
     steps = benchmark.steps_of(recipe)
@@ -107,3 +131,30 @@ def test_without_pytorch_nothing_is_compared_and_the_numbers_stay(tmp_path):
     )
     assert "Skipped" in done.stdout and "--torch-python" in done.stdout
     assert numbers.read_text("utf-8") == "{}"
+
+
+def test_the_operations_of_a_step_are_timed_by_kind_and_beside_keras_own(tmp_path):
+    numbers = tmp_path / "operations.json"
+    options = ["--networks", "airbench", "--seconds", "0.01", "--rounds", "2", "--batch-size", "4"]
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "operations.py", *options, "--out", numbers],
+        capture_output=True,
+        check=True,
+    )
+    content = json.loads(numbers.read_text("utf-8"))
+    operations = pd.DataFrame(content["operations"])
+    assert set(operations["kind"]) == set(figures.KIND_COLORS)
+    shares = operations.pivot(index="kind", columns="precision", values="share")
+    np.testing.assert_allclose(shares.sum(), 1, atol=1e-3)
+    assert "float32" in shares
+    assert (operations["milliseconds_per_image"] > 0).all(), "the network has all kinds"
+    for step in content["steps"]:
+        of_step = operations[operations["precision"] == step["precision"]]
+        per_image = of_step["milliseconds_per_image"].sum()
+        assert per_image == pytest.approx(step["milliseconds"] / 4, rel=0.02)
+    pairs = pd.DataFrame(content["pairs"])
+    assert set(pairs["precision"]) == set(shares)
+    assert not pairs.duplicated(["what", "precision"]).any()
+    for side in ("keras_milliseconds", "milliseconds"):
+        assert (pairs[side] > 0).all()
+    assert (pairs["rounds"].map(len) == 2).all()

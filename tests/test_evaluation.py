@@ -34,6 +34,30 @@ predictions = st.builds(
 )
 
 
+class LinearNetwork:
+    """Softmax of a random linear function of the pixels."""
+
+    weights = np.random.default_rng(0).normal(size=(32 * 32 * 3, CLASSES)) / 20
+
+    def predict_on_batch(self, images):
+        exponentials = np.exp(images.reshape(len(images), -1) @ self.weights)
+        return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_predictions_are_averaged_with_those_of_mirror_images():
+    network = LinearNetwork()
+    images = np.random.default_rng(1).integers(256, size=(7, 32, 32, 3), dtype=np.uint8)
+    plain, mirrored = (
+        network.predict_on_batch(views / 255) for views in (images, np.flip(images, axis=2))
+    )
+    found = evaluation.predict(network, images, batch_size=3)
+    np.testing.assert_allclose(found, plain, rtol=1e-5)
+    averaged = evaluation.average_with_mirrored(network, images, found)
+    np.testing.assert_allclose(averaged, (plain + mirrored) / 2, rtol=1e-5)
+    flipped = evaluation.predict(network, images, flip=True)
+    np.testing.assert_allclose(flipped, averaged, rtol=1e-6)
+
+
 def test_evaluate_agrees_with_scikit_learn():
     probabilities, labels = random_predictions(1)
     found = evaluation.evaluate(probabilities, labels, SUPERCLASS_OF)

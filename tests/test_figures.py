@@ -461,6 +461,45 @@ def test_training_speed_has_a_bar_for_each_recipe_backend_and_precision():
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
 
 
+def test_step_times_stack_the_kinds_of_operations():
+    times = {"convolution": 3.0, "filter gradient": 1.0, "the rest": 0.02}
+    table = pd.DataFrame(
+        {
+            "network": network,
+            "precision": precision,
+            "kind": kind,
+            "milliseconds_per_image": factor * time,
+            "share": time / 4.02,
+        }
+        for network, precision, factor in (
+            ("seed", "bfloat16", 1),
+            ("seed", "float32", 2),
+            ("airbench", "bfloat16", 0.5),
+        )
+        for kind, time in times.items()
+    )
+    figure = figures.step_times(table, "Where the time goes")
+    (axes,) = figure.axes
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    assert named == ["seed, bfloat16", "seed, float32", "airbench, bfloat16"]
+    stacks = {
+        bars.get_label(): [(bar.get_x(), bar.get_width()) for bar in bars]
+        for bars in axes.containers
+    }
+    assert set(stacks) == set(figures.KIND_COLORS)
+    assert stacks["convolution"] == [(0, 3), (0, 6), (0, 1.5)]
+    assert stacks["filter gradient"] == [(3, 1), (6, 2), (1.5, 0.5)]
+    np.testing.assert_allclose(stacks["the rest"], [(4, 0.02), (8, 0.04), (2, 0.01)])
+    assert axes.yaxis_inverted(), "the first is on top"
+    assert texts(figure).count("75%") == 3
+    assert "0%" not in texts(figure), "of parts that have no room"
+    rendered(figure)
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+    with pytest.raises(ValueError, match="no network"):
+        figures.step_times(table[:0], "CIFAR-100")
+
+
 def test_accuracy_by_minutes_has_a_point_a_run_and_an_entry_a_recipe():
     runs = pd.DataFrame(
         {

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar_lib import backend, recipes
+from cifar_lib import backend, models, recipes
 from cifar_lib.backend import keras
-from cifar_lib.layers import ACTIVATIONS, BatchNormalization, Conv2D, Dirac, Whitening, silu
+from cifar_lib.layers import (
+    ACTIVATIONS,
+    BatchNormalization,
+    Conv2D,
+    Dirac,
+    InferenceSize,
+    Whitening,
+    silu,
+)
 
 # The largest error that rounding may cause, as a share of the largest value.
 ROUNDING = {"float32": 2e-6, "mixed_bfloat16": 2**-7}
@@ -172,6 +180,34 @@ def test_only_the_bias_of_the_whitening_is_trained(images, whitening):
     bias = normal(24)
     whitening.bias.assign(bias)
     np.testing.assert_allclose(whitening(images / np.float32(255)), before + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 12, 20])
+def test_images_are_resized_for_inference_alone(side):
+    images, layer = normal(3, 12, 12, 3), InferenceSize(side)
+    np.testing.assert_array_equal(layer(images, training=True), images)
+    resized = keras.ops.image.resize(
+        images, (side, side), antialias=True, data_format="channels_last"
+    )
+    np.testing.assert_array_equal(layer(images), resized)
+    assert layer.compute_output_shape((None, 12, 12, 3)) == (None, side, side, 3)
+    assert layer.compute_output_shape((3, None, None, 3)) == (3, None, None, 3)
+    again = InferenceSize.from_config(layer.get_config())
+    np.testing.assert_array_equal(again(images), resized)
+
+
+def test_a_network_that_resizes_is_copied_and_summed_up_at_its_size():
+    model = models.build("speedrun", side=24)
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    copy = keras.models.model_from_json(model.to_json())
+    copy.set_weights(model.get_weights())
+    np.testing.assert_array_equal(copy(images), model(images))
+    table = models.summary(model).set_index("kind")
+    assert table.loc["InferenceSize", "output_shape"] == (24, 24, 3)
+    assert table.loc["Whitening", "output_shape"] == (23, 23, 24)
+    whole = models.summary(models.build("speedrun"))
+    assert table["parameters"].sum() == whole["parameters"].sum()
+    assert table["multiply_adds"].sum() < whole["multiply_adds"].sum()
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])

@@ -19,6 +19,7 @@ OTHER = {
     "name": "other",
     "dataset": "synthetic",
     "model": "airbench",
+    "activation": "relu",
     "augmentation": "none",
     "optimizer": "adam",
     "learning_rate": 2e-4,
@@ -46,6 +47,8 @@ TOGETHER = [
     {"schedule": "cosine", "warmup": 0.1},
     {"model": "airbench", "image_sizes": (24, 32)},
     {"model": "airbench", "image_sizes": (32, 24)},
+    {"model": "airbench", "whitening": False},
+    {"model": "airbench", "identity_filters": False},
 ]
 
 rates = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
@@ -191,6 +194,16 @@ def test_json_keeps_a_tuple(choice):
         ),
         ({"model": "airbench", "image_sizes": []}, "image_sizes has 0 sizes for 139 epochs"),
         ({"model": "airbench", "image_sizes": [24.0]}, r"image_sizes is \[24\.0\], of type list"),
+        ({"activation": "eluu"}, r"activation 'eluu' is unknown\. Did you mean 'elu'\?"),
+        (
+            {"whitening": False},
+            r"whitening is False, .*'seed' has none\. Use one of airbench, speedrun, or "
+            "whitening=True",
+        ),
+        (
+            {"model": "wide_resnet", "identity_filters": False},
+            "identity_filters is False, .*'wide_resnet' has none",
+        ),
         ({"classes": "apple"}, "classes is 'apple', of type str"),
         ({"classes": ["apple", 3]}, "classes is .*, of type list"),
     ],

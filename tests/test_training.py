@@ -377,6 +377,7 @@ def test_the_history_and_the_numbers_are_those_of_the_protocol(name, undisturbed
     assert metrics["epochs_run"] == len(history)
     assert metrics["stopped"] == (None if len(history) == run.recipe.epochs else "early stopping")
     assert ("validation" in metrics) == (protocol == "holdout")
+    assert ("test_flip" in metrics) == (protocol == "final")
     if protocol == "final":
         assert metrics["best_epoch"] is None
     else:
@@ -756,3 +757,13 @@ def test_another_backend_trains_and_resumes(name, synthetic, tmp_path):
     images = data.make_splits(synthetic, **recipe.split_choices).test.images
     probabilities = evaluation.predict(run.load_model(), images)
     np.testing.assert_allclose(probabilities, run.predictions()["test_probabilities"], atol=1e-4)
+
+
+def test_the_recipe_for_gpus_runs_on_a_cpu_too(synthetic, tmp_path):
+    small = {"train_size": 4, "test_size": 2, "batch_size": 2, "epochs": 1}
+    recipe = recipes.get(
+        "best", dataset="synthetic", classes=data.class_names("synthetic")[:2], **small
+    )
+    run = training.train(recipe, tmp_path / "run", dataset=synthetic)
+    assert run.metrics["parameters"] == pytest.approx(36.5e6, rel=0.002)
+    assert run.metrics["test_flip"]["images"] == 2

@@ -105,6 +105,16 @@ def test_the_card_says_what_testing_the_file_gives(run, exported, dataset):
         assert row[1:3] == [str(here.sum()), f"{right[here].mean():.4f}"]
 
 
+def test_the_card_of_a_run_that_saw_mirror_images_has_its_numbers(run, dataset, tmp_path):
+    tested = runs.Run(shutil.copytree(run.path, tmp_path / "run"))
+    flipped = run.metrics["test"] | {"loss": 1.2345}
+    runs.write_json(tested.path / "metrics.json", run.metrics | {"test_flip": flipped})
+    weights.export(tested, "tiny", tmp_path / "weights", dataset=dataset)
+    _, table = table_of((tmp_path / "weights" / "tiny.md").read_text("utf-8"), "measure")
+    [loss] = [row for row in table if row[0] == "loss"]
+    assert loss[1] != loss[2] == "1.2345"
+
+
 def test_the_card_tells_the_recipe_the_data_and_the_limits(run, exported):
     card = (exported / "tiny.md").read_text("utf-8")
     [recipe] = re.findall(r"```json\n(.+?)```", card, re.S)
