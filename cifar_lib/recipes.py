@@ -388,8 +388,9 @@ RECIPES: dict[str, Recipe] = {
         # The same before the calibration, with the learning rate of that example.
         Recipe(name="seed-provisional", learning_rate=1e-4),
         # The deck's network, trained better: Muon and a linear schedule for RMSprop at a constant
-        # rate, shifts by whole pixels and horizontal flips alone, label smoothing. The optimiser was
-        # chosen on validation images, the rates lie between the best there: results/tried.csv.
+        # rate, shifts by whole pixels and horizontal flips alone, label smoothing. The optimiser
+        # was chosen on validation images; the rates lie between the best there:
+        # results/tried.csv.
         Recipe(
             name="seed-onecycle",
             augmentation="crop_flip",
