@@ -81,7 +81,7 @@ class Recipe:
             rate, at least 0; not of the filters that Muon moves, which have a fixed norm.
         label_smoothing: share of a label that is spread over all classes, 0 to below 1.
         mixing: one of `MIXINGS`: each training image is mixed with another of its batch, and so
-            are their labels; None mixes none.
+            are their labels, of which the training accuracy counts the larger; None mixes none.
         weight_averaging: momentum a step of the exponential moving average of the weights, 0 to
             below 1: the average is validated and kept, training goes on without it. 0 is none.
         image_sizes: sides in pixels to which the training images are resized, each for as many
