@@ -277,6 +277,8 @@ class Recipe:
     def replace(self, **changes: object) -> Recipe:
         """A copy with some choices changed, checked anew.
 
+        A `filter_learning_rate` goes with the optimiser "muon", unless it is given, too.
+
         Raises:
             RecipeError: a choice does not exist or a value is refused.
         """
@@ -284,6 +286,8 @@ class Recipe:
         for field in changes:
             if field not in fields:
                 raise RecipeError(unknown("recipe field", field, fields))
+        if changes.get("optimizer", "muon") != "muon":
+            changes = {"filter_learning_rate": None} | changes
         return dataclasses.replace(self, **changes)
 
     @property

@@ -314,6 +314,7 @@ def readme_tables(results: Path) -> dict[str, str]:
     rows = [
         {
             "network": DECK["run"],
+            "protocol": "",
             "epochs": DECK["epochs"],
             "accuracy": percent(DECK["accuracy"]),
             "loss": f"{DECK['loss']:.4f}",

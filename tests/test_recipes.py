@@ -219,6 +219,15 @@ def test_a_bad_recipe_name_is_refused():
         recipes.get("quik")
 
 
+def test_the_rate_of_filters_goes_with_muon():
+    # A notebook's parameter cannot say that it should be none.
+    assert recipes.get("fast", optimizer="sgd") == recipes.get(
+        "fast", optimizer="sgd", filter_learning_rate=None
+    )
+    with pytest.raises(RecipeError, match=r"filter_learning_rate is 0\.1, .*'sgd' has one rate"):
+        recipes.get("fast", optimizer="sgd", filter_learning_rate=0.1)
+
+
 def test_types_that_lose_nothing_are_taken():
     rate = Recipe(learning_rate=1).learning_rate
     assert isinstance(rate, float) and rate == 1
