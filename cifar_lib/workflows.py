@@ -33,8 +33,8 @@ WEIGHTS = {"accurate": REFERENCE["accurate"][0]}
 #: The studies whose results the repository holds, in the order in which they follow each other.
 STUDIES = ("learning_rate", "batch_size", "epochs", "maximum_accuracy")
 
-#: The study of what each technique is worth in a short training, and that of some in a whole one.
-ABLATIONS, ABLATIONS_FULL = "ablations", "ablations_full"
+#: The study of what each technique is worth.
+ABLATIONS = "ablations"
 
 #: The recipe whose range of learning rates is tested beside them.
 RANGE_TEST = recipes.get("seed", train_size=10_000, validation_size=1_000)
@@ -275,7 +275,7 @@ def reference(runs_dir: Path) -> Path:
             shutil.copyfile(run.path / name, folder / name)
     for name, recipe in WEIGHTS.items():
         weights.export(train(recipe, runs_dir, ROOT / "figures"), name)
-    for name in (*STUDIES, ABLATIONS, ABLATIONS_FULL):
+    for name in (*STUDIES, ABLATIONS):
         study = studies.load(ROOT / "studies" / f"{name}.yaml")
         done = sweeps.run(study, runs_dir / "studies")
         folder = results / "studies" / name
@@ -326,9 +326,7 @@ def readme_tables(results: Path) -> dict[str, str]:
     tables["calibration"] = pd.DataFrame(
         _calibration_row(calibration.read(results / "studies" / name)) for name in STUDIES
     )
-    tables["ablations"] = _ablations(
-        *(calibration.read(results / "studies" / name) for name in (ABLATIONS, ABLATIONS_FULL))
-    )
+    tables["ablations"] = _ablations(calibration.read(results / "studies" / ABLATIONS))
     tables["sweep cost"] = _sweep_costs(results / "benchmarks" / "sweeps.json")
     speed = json.loads((results / "benchmarks" / "throughput.json").read_text("utf-8"))
     tables["training speed"] = pd.DataFrame(
@@ -410,11 +408,10 @@ def _calibration_row(found: calibration.Results) -> dict[str, object]:
     return row
 
 
-def _ablations(short: calibration.Results, full: calibration.Results) -> pd.DataFrame:
-    """What a training loses without a technique, the first variant of both studies having all."""
-    points = calibration.points(short).set_index("variant")
-    whole = calibration.points(full).set_index("variant")["val_accuracy"]
-    first, *others = short.study["variants"]
+def _ablations(found: calibration.Results) -> pd.DataFrame:
+    """What a training loses without a technique, the first variant of a study having all."""
+    points = calibration.points(found).set_index("variant")
+    first, *others = found.study["variants"]
     loss = points["val_accuracy"] - points.at[first, "val_accuracy"]
     return pd.DataFrame(
         {
@@ -423,7 +420,6 @@ def _ablations(short: calibration.Results, full: calibration.Results) -> pd.Data
             "lowest": percent(points.at[name, "lowest"]),
             "highest": percent(points.at[name, "highest"]),
             "points": "" if name == first else f"{100 * loss[name]:+.1f}",
-            "all epochs": percent(whole[name]) if name in whole else "",
         }
         for name in (first, *sorted(others, key=loss.get))
     )

@@ -53,11 +53,7 @@ def load(tmp_path: Path):
 
 def test_the_shipped_studies_answer_the_questions_in_their_order():
     loaded = {path.stem: studies.load(path) for path in SHIPPED}
-    assert set(loaded) == {
-        *workflows.STUDIES,
-        workflows.ABLATIONS,
-        workflows.ABLATIONS_FULL,
-    }
+    assert set(loaded) == {*workflows.STUDIES, workflows.ABLATIONS}
     for name, study in loaded.items():
         assert study.name == name and study.description
         # What is chosen on test images says nothing of new ones.
@@ -68,10 +64,6 @@ def test_the_shipped_studies_answer_the_questions_in_their_order():
     ]
     assert [point["batch_size"] for point in loaded["batch_size"].points()] == [16, 32, 64, 128]
     assert [point["epochs"] for point in loaded["epochs"].points()] == [30]
-    short, full = (
-        loaded[name].variants for name in (workflows.ABLATIONS, workflows.ABLATIONS_FULL)
-    )
-    assert full.items() <= short.items() and next(iter(full)) == next(iter(short))
     assert loaded["maximum_accuracy"].search == "tpe"
     assert loaded["maximum_accuracy"].points() == [loaded["maximum_accuracy"].start()]
 
