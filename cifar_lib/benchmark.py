@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections import Counter
@@ -76,6 +77,8 @@ class Processes(contextlib.ExitStack):
 
 
 def _choose(backend: str) -> None:
+    # Ctrl-C reaches all processes of a terminal; the parent ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["KERAS_BACKEND"] = backend
     # That each of many networks has a step of its own is no mistake to warn of.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
