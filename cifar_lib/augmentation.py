@@ -65,11 +65,15 @@ class GeneratorPolicy:
     def __call__(
         self, images: np.ndarray, seed: int, epoch: int, indices: np.ndarray
     ) -> np.ndarray:
-        seeds = (_uniform(seed, epoch, indices, 1)[:, 0] * 2**32).astype(np.uint32)
         images = scale(images)
-        for image, transform in zip(images, self.transforms(seeds), strict=True):
+        for image, transform in zip(images, self.draw(seed, epoch, indices), strict=True):
             image[...] = self.generator.apply_transform(image, transform)
         return images
+
+    def draw(self, seed: int, epoch: int, indices: np.ndarray) -> list[dict[str, float]]:
+        """The transform of each image."""
+        seeds = (_uniform(seed, epoch, indices, 1)[:, 0] * 2**32).astype(np.uint32)
+        return self.transforms(seeds)
 
     def transforms(self, seeds: np.ndarray) -> list[dict[str, float]]:
         """Draw a transform for each seed, and leave numpy's global generator as it was."""

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -26,7 +25,17 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-from cifar_lib import ROOT, augmentation, backend, data, evaluation, models, optimizers, runs
+from cifar_lib import (
+    ROOT,
+    augmentation,
+    backend,
+    data,
+    evaluation,
+    models,
+    optimizers,
+    runs,
+    started_by_jupyter,
+)
 from cifar_lib.backend import keras
 from cifar_lib.recipes import SIDE, Recipe, RecipeError
 
@@ -466,8 +475,7 @@ class Progress(keras.callbacks.Callback):
 
 def _watched() -> bool:
     """Whether somebody sees a line that updates itself."""
-    # A kernel that Jupyter started has this name; one that papermill started has not.
-    return sys.stdout.isatty() or "JPY_SESSION_NAME" in os.environ
+    return sys.stdout.isatty() or started_by_jupyter()
 
 
 def _finish(

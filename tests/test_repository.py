@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BACKENDS = re.compile(r"\b(tensorflow|keras|jax|torch)\b")
 WITHOUT_BACKEND = (
     *("data", "recipes", "parameters", "runs", "evaluation", "figures", "reports", "weights"),
-    *("studies", "trials", "sweeps", "board", "calibration", "benchmark"),
+    *("studies", "trials", "sweeps", "board", "calibration", "benchmark", "explorers"),
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = (ROOT / "requirements.txt").read_text()

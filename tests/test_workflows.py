@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cifar_lib import ROOT, data, recipes, reports, runs, workflows
+from cifar_lib import ROOT, data, explorers, recipes, reports, runs, workflows
 
 TINY = {"train_size": 128, "validation_size": 100, "test_size": 400, "epochs": 2}
 
@@ -64,6 +64,16 @@ def test_every_notebook_becomes_a_page_that_names_the_stand_in(index, run):
         page = index.with_name(f"{name}.html").read_text("utf-8")
         assert "synthetic stand-in, not CIFAR-100" in page, name
         assert "Traceback" not in page, name
+
+
+@pytest.mark.parametrize("name", ["01_dataset", "02_augmentation", "05_results"])
+def test_an_explorer_is_a_picture_in_a_report(index, workplace, name):
+    page = index.with_name(f"{name}.html").read_text("utf-8")
+    assert explorers.HINT.partition("`")[0] in page
+    assert "widget-view" not in page
+    executed = nbformat.read(workplace / "executed" / f"{name}.ipynb", as_version=4)
+    (cell,) = [c for c in executed.cells if re.match(r"explorers\.[A-Z]", c.source)]
+    assert ["image/png" in output.data for output in cell.outputs] == [False, True]
 
 
 def test_studies_on_another_data_set_are_left_out(index):

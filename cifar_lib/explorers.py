@@ -1,0 +1,558 @@
+"""Views of images, predictions and augmentation to operate in JupyterLab; elsewhere, pictures.
+
+An explorer is the last line of a cell. In a kernel that Jupyter started it shows controls and one
+picture that follows them; where a notebook runs without a person, the picture alone, as the
+controls would begin. No control is made there.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+from IPython import display
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm, to_hex
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+
+import cifar_lib
+from cifar_lib.data import Dataset, display_name
+from cifar_lib.figures import RIGHT, WRONG
+
+HINT = "Open this notebook with `make lab` to choose for yourself what is shown."
+DRAWS = 12
+GENERATOR = "ImageDataGenerator"
+#: Of its arguments those that transform pictures, with their defaults.
+GENERATOR_ARGUMENTS = {
+    "rotation_range": 0,
+    "width_shift_range": 0.0,
+    "height_shift_range": 0.0,
+    "shear_range": 0,
+    "zoom_range": (1.0, 1.0),
+    "brightness_range": (1.0, 1.0),
+    "channel_shift_range": 0,
+    "fill_mode": "nearest",
+    "cval": 0,
+    "interpolation_order": 1,
+    "horizontal_flip": False,
+    "vertical_flip": False,
+}
+
+_GAP, _LINE = 6, 14
+# Pixels of the picture for each of an image's.
+_LARGE, _SMALL = 3, 2
+
+
+@dataclass(frozen=True)
+class View:
+    """A line of text, a picture as PNG, empty where nothing fits, and how many pages there are."""
+
+    text: str
+    png: bytes = b""
+    pages: int = 1
+
+
+class Explorer(abc.ABC):
+    """Controls above the picture that they decide.
+
+    A subclass sets `initial`: the value that each control begins with, by its name.
+    """
+
+    initial: Mapping[str, Any]
+
+    @abc.abstractmethod
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        """Make a control for each name in `initial`."""
+
+    @abc.abstractmethod
+    def view(self, **values: Any) -> View:
+        """What is shown for these values of the controls; no control is needed for it."""
+
+    def more(self) -> list[widgets.Widget]:
+        """What stands below the picture."""
+        return []
+
+    @functools.cached_property
+    def controls(self) -> dict[str, widgets.Widget]:
+        """The controls by name."""
+        controls = self.make_controls()
+        for name, control in controls.items():
+            control.value = self.initial[name]
+            control.style.description_width = "11em"
+            control.layout.width = "32em"
+            control.observe(self._changed, "value")
+        return controls
+
+    @functools.cached_property
+    def text(self) -> widgets.HTML:
+        return widgets.HTML()
+
+    @functools.cached_property
+    def picture(self) -> widgets.Image:
+        # As narrow as the cell, but no wider than it is drawn, which would blur it.
+        layout = {"max_width": "100%", "align_self": "flex-start"}
+        layout |= {"object_fit": "contain", "object_position": "top left"}
+        return widgets.Image(format="png", layout=layout)
+
+    @functools.cached_property
+    def panel(self) -> widgets.Widget:
+        """All of it, to be displayed."""
+        flow = widgets.Layout(flex_flow="row wrap")
+        box = widgets.HBox([*self.controls.values()], layout=flow)
+        self._update()
+        return widgets.VBox([box, self.text, self.picture, *self.more()])
+
+    def _ipython_display_(self) -> None:
+        if cifar_lib.started_by_jupyter():
+            display.display(self.panel)
+            return
+        view = self.view(**self.initial)
+        display.display(display.Markdown(f"{view.text} {HINT}"))
+        if view.png:
+            display.display(display.Image(view.png))
+
+    def _changed(self, change: Mapping[str, Any]) -> None:
+        page = self.controls.get("page")
+        if page is not None and page.value > 1 and change["owner"] is not page:
+            page.value = 1  # which comes here again
+        else:
+            self._update()
+
+    def _update(self) -> None:
+        view = self.view(**{name: control.value for name, control in self.controls.items()})
+        self.text.value, self.picture.value = view.text, view.png
+        self.picture.layout.display = None if view.png else "none"
+        if "page" in self.controls:
+            self.controls["page"].max = view.pages
+
+
+class Images(Explorer):
+    """The images of a class or superclass, page by page, above the near duplicates of a page's.
+
+    Args:
+        dataset: the data set.
+        pairs: (K, 2) int, positions of a training and a test image that are alike, the most alike
+            first, as `data.near_duplicates(train.images, test.images)` gives them.
+        cosines: (K,), how much alike they are.
+        shown: the class or superclass to begin with, in the official spelling.
+    """
+
+    page_size = 30
+
+    def __init__(
+        self, dataset: Dataset, pairs: np.ndarray, cosines: np.ndarray, shown: str
+    ) -> None:
+        self.dataset, self.pairs, self.cosines = dataset, pairs, cosines
+        self.choices = _choices(dataset)
+        self.initial = {
+            "split": "train",
+            "classes": _ids(dataset, shown),
+            "duplicates": False,
+            "page": 1,
+        }
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        return {
+            "split": widgets.Dropdown(options=["train", "test"], description="split"),
+            "classes": widgets.Dropdown(options=self.choices, description="class"),
+            "duplicates": widgets.Checkbox(description="only with near duplicates"),
+            "page": widgets.BoundedIntText(min=1, max=1, description="page"),
+        }
+
+    def view(self, split: str, classes: tuple[int, ...], duplicates: bool, page: int) -> View:
+        of_split = getattr(self.dataset, split)
+        own = self.pairs[:, ["train", "test"].index(split)]
+        rows = np.flatnonzero(np.isin(of_split.fine_labels, classes))
+        if duplicates:
+            rows = rows[np.isin(rows, own)]
+        part = {"train": "training", "test": "test"}[split]
+        what = f"{part} images of {_label(self.choices, classes)}"
+        if duplicates:
+            what = f"{what} with near duplicates"
+        if not len(rows):
+            return View(f"There are no {what}. Choose another class.")
+        shown, pages = _page(rows, page, self.page_size)
+        parts = [
+            compose(
+                of_split.images[shown],
+                f"{_capitalized(what)}, {self.dataset.title}",
+                [f"{self._name(of_split.fine_labels[i])}\n{split} {i}" for i in shown],
+            )
+        ]
+        text = f"{_capitalized(what)}: {len(rows):,}; page {page} of {pages}."
+        alike = np.flatnonzero(np.isin(own, shown))
+        if len(alike):
+            parts.append(self._duplicates(alike[:10]))
+            text = f"{text} Near duplicates of this page's images: {len(alike)}."
+        return View(text, _png(parts), pages)
+
+    def _duplicates(self, alike: np.ndarray) -> Image.Image:
+        train, test = self.dataset.train, self.dataset.test
+        captions = []
+        for (first, second), cosine in zip(self.pairs[alike], self.cosines[alike], strict=True):
+            labels = dict.fromkeys([train.fine_labels[first], test.fine_labels[second]])
+            names = ", ".join(map(self._name, labels))
+            captions.append(f"{cosine:.3f}\n{names}\ntrain {first}\ntest {second}")
+        both = [train.images[self.pairs[alike, 0]], test.images[self.pairs[alike, 1]]]
+        heading = "The most alike near duplicates: training image above, test image below, cosine"
+        return compose(np.concatenate(both, axis=1), heading, captions)
+
+    def _name(self, label: int) -> str:
+        return display_name(self.dataset.fine_names[label])
+
+
+class Predictions(Explorer):
+    """The test images of a run by what they are and what they were taken for, the surest first.
+
+    Below them the confusion matrix of superclasses: a click on a cell shows its images. Begins with
+    the commonest mistake between superclasses.
+
+    Args:
+        dataset: the data set.
+        probabilities: (N, 100) float, of every class.
+        labels: (N,) int, the true classes.
+        indices: (N,) int, positions in the official test file.
+        title: of the pictures.
+    """
+
+    page_size = 20
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        indices: np.ndarray,
+        title: str,
+    ) -> None:
+        self.dataset, self.labels, self.indices, self.title = dataset, labels, indices, title
+        self.predicted = probabilities.argmax(axis=1)
+        self.confidence = probabilities.max(axis=1).clip(0, 1)
+        self.choices = _choices(dataset)
+        superclasses = len(dataset.coarse_names)
+        #: (20, 20) int: the images of each superclass (row) that were taken for each (column).
+        self.confusion = np.zeros((superclasses, superclasses), np.int64)
+        cells = dataset.superclass_of[labels], dataset.superclass_of[self.predicted]
+        np.add.at(self.confusion, cells, 1)
+        mistakes = self.confusion * (1 - np.eye(superclasses, dtype=np.int64))
+        self.initial = self.of_cell(*np.unravel_index(mistakes.argmax(), mistakes.shape))
+
+    def of_cell(self, true: int, predicted: int) -> dict[str, Any]:
+        """The values of the controls that show the images of a cell of the matrix."""
+        names = self.dataset.coarse_names
+        return {
+            "true": _ids(self.dataset, names[true]),
+            "predicted": _ids(self.dataset, names[predicted]),
+            "outcome": "right or wrong",
+            "confidence": (0.0, 1.0),
+            "page": 1,
+        }
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        return {
+            "true": widgets.Dropdown(options=self.choices, description="true class"),
+            "predicted": widgets.Dropdown(options=self.choices, description="predicted class"),
+            "outcome": widgets.Dropdown(
+                options=["right or wrong", "right", "wrong"], description="right or wrong"
+            ),
+            "confidence": widgets.FloatRangeSlider(
+                min=0, max=1, step=0.01, readout_format=".0%", description="confidence"
+            ),
+            "page": widgets.BoundedIntText(min=1, max=1, description="page"),
+        }
+
+    def more(self) -> list[widgets.Widget]:
+        # So high are two rows: the matrix stays where it is while its cells are clicked.
+        self.picture.layout.min_height = "350px"
+        return [self.matrix]
+
+    def view(
+        self,
+        true: tuple[int, ...],
+        predicted: tuple[int, ...],
+        outcome: str,
+        confidence: tuple[float, float],
+        page: int,
+    ) -> View:
+        low, high = confidence
+        right = self.predicted == self.labels
+        fits = np.isin(self.labels, true) & np.isin(self.predicted, predicted)
+        fits &= (self.confidence >= low) & (self.confidence <= high)
+        if outcome != "right or wrong":
+            fits &= right == (outcome == "right")
+        rows = np.flatnonzero(fits)
+        rows = rows[np.argsort(-self.confidence[rows], kind="stable")]
+        pair = f"{_label(self.choices, true)} taken for {_label(self.choices, predicted)}"
+        what = f"{pair}, {outcome}, with a confidence of {low:.0%} to {high:.0%}"
+        if not len(rows):
+            return View(f"There are no test images of {what}. Widen a choice.")
+        shown, pages = _page(rows, page, self.page_size)
+        names = [display_name(name) for name in self.dataset.fine_names]
+        captions, inks = [], []
+        for i in shown:
+            mistaken = "" if right[i] else f"\nas {names[self.predicted[i]]}"
+            verdict = "✓" if right[i] else "✗"
+            captions.append(
+                f"{verdict} {names[self.labels[i]]}{mistaken}\n{self.confidence[i]:.0%}"
+                f"\ntest {self.indices[i]}"
+            )
+            inks.append(RIGHT if right[i] else WRONG)
+        heading = f"{_capitalized(pair)}: {self.title}"
+        picture = compose(self.dataset.test.images[self.indices[shown]], heading, captions, inks)
+        number = f"{len(rows):,}; page {page} of {pages}, the surest first"
+        text = f"Test images of {what}: {number}."
+        return View(text, _png([picture]), pages)
+
+    @functools.cached_property
+    def cells(self) -> dict[tuple[int, int], widgets.Button]:
+        """The buttons of the matrix by row and column; a cell without an image has none to show."""
+        names = [display_name(name) for name in self.dataset.coarse_names]
+        layout = widgets.Layout(width="2.6em", padding="0", margin="0")
+        share = self.confusion / self.confusion.sum(axis=1, keepdims=True).clip(1)
+        # In steps, so that cells share the styles; a browser is slow with one for each.
+        steps = (np.asarray(PowerNorm(0.5, 0, 1)(share)) * 20).round() / 20
+        styles = {step: _cell_style(step) for step in np.unique(steps)}
+        cells = {}
+        for cell, count in np.ndenumerate(self.confusion):
+            row, column = cell
+            cells[cell] = widgets.Button(
+                description=str(count) if count else "",
+                tooltip=f"{names[row]} taken for {names[column]}: {count}",
+                disabled=not count,
+                layout=layout,
+                style=styles[steps[cell]],
+            )
+            cells[cell].on_click(functools.partial(self._show_cell, cell))
+        return cells
+
+    @functools.cached_property
+    def matrix(self) -> widgets.Widget:
+        """The confusion matrix of superclasses, a button for each cell."""
+        names = [display_name(name) for name in self.dataset.coarse_names]
+        upright = "writing-mode: vertical-rl; transform: rotate(180deg); margin: auto"
+        heads = [widgets.HTML(f'<div style="{upright}">{name}</div>') for name in names]
+        corner = widgets.HTML("true superclass below, predicted to the right")
+        children = [corner, *heads]
+        for row, name in enumerate(names):
+            children.append(widgets.Label(name, layout={"margin": "0"}))
+            children += [self.cells[row, column] for column in range(len(names))]
+        columns = f"17em repeat({len(names)}, 2.6em)"
+        return widgets.GridBox(
+            children, layout={"grid_template_columns": columns, "align_items": "flex-end"}
+        )
+
+    def _show_cell(self, cell: tuple[int, int], _: widgets.Button) -> None:
+        for control in self.controls.values():
+            control.unobserve(self._changed, "value")
+        for name, value in self.of_cell(*cell).items():
+            self.controls[name].value = value
+        for control in self.controls.values():
+            control.observe(self._changed, "value")
+        self._update()
+
+
+def _cell_style(share: float) -> widgets.ButtonStyle:
+    color = colormaps["mako_r"](share)
+    ink = "white" if share > 0.6 else "black"
+    background = to_hex(color) if share else "white"
+    return widgets.ButtonStyle(button_color=background, text_color=ink, font_size="0.8em")
+
+
+class Augmentation(Explorer):
+    """Images beside twelve draws of a policy, or of an `ImageDataGenerator` of any arguments.
+
+    The generator gets every argument that transforms pictures; those that normalise
+    (`featurewise_...`, `samplewise_...`, `zca_...`) are left out, as what they give is no picture
+    in 0..1. It sees pixels in 0..255, for which its brightness is made: given 0..1, that makes
+    black pictures. Begins with the deck's arguments. Needs TensorFlow.
+
+    Args:
+        images: (N, 32, 32, 3) uint8.
+        indices: (N,) int, their positions in the official file.
+        title: of the pictures.
+    """
+
+    def __init__(self, images: np.ndarray, indices: np.ndarray, title: str) -> None:
+        from cifar_lib import augmentation
+
+        self.images, self.indices, self.title = images, indices, title
+        self.generator_policy = augmentation.GeneratorPolicy
+        self.policy = functools.cache(augmentation.make)
+        self.policies = [GENERATOR, *augmentation.BUILDERS]
+        self.arguments = {
+            name: augmentation.SEED_ARGUMENTS.get(name, default)
+            for name, default in GENERATOR_ARGUMENTS.items()
+        }
+        self.initial = {"policy": GENERATOR, "seed": 0, **self.arguments}
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        sliders = {
+            "rotation_range": widgets.IntSlider(min=0, max=180),
+            "width_shift_range": widgets.FloatSlider(min=0, max=0.5, step=0.01),
+            "height_shift_range": widgets.FloatSlider(min=0, max=0.5, step=0.01),
+            "shear_range": widgets.IntSlider(min=0, max=60),
+            "zoom_range": widgets.FloatRangeSlider(min=0.5, max=2, step=0.05),
+            "brightness_range": widgets.FloatRangeSlider(min=0, max=2, step=0.05),
+            "channel_shift_range": widgets.IntSlider(min=0, max=128),
+            "fill_mode": widgets.Dropdown(options=["nearest", "constant", "reflect", "wrap"]),
+            "cval": widgets.IntSlider(min=0, max=255),
+            "interpolation_order": widgets.IntSlider(min=0, max=5),
+            "horizontal_flip": widgets.Checkbox(),
+            "vertical_flip": widgets.Checkbox(),
+        }
+        for name, slider in sliders.items():
+            slider.description = name
+        return {
+            "policy": widgets.Dropdown(options=self.policies, description="policy"),
+            "seed": widgets.IntSlider(min=0, max=99, description="seed"),
+            **sliders,
+        }
+
+    def view(self, policy: str, seed: int, **arguments: Any) -> View:
+        # A draw depends on the seed, the epoch and the index: twelve indices make one batch, twelve
+        # epochs would take twelve.
+        images = self.images.repeat(DRAWS, axis=0)
+        indices = (self.indices[:, None] + np.arange(DRAWS)).ravel()
+        if policy == GENERATOR:
+            given = {k: v for k, v in arguments.items() if v != GENERATOR_ARGUMENTS[k]}
+            draws = self._generated(images, seed, indices, given)
+            what = f"{GENERATOR}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        else:
+            draws = self.policy(policy)(images, seed, 0, indices)
+            what = f'policy "{policy}"'
+        draws = (255 * draws.clip(0, 1)).round().astype(np.uint8)
+        rows = np.concatenate(
+            [self.images[:, None], draws.reshape(-1, DRAWS, *draws.shape[1:])], axis=1
+        )
+        heading = f"Originals and {DRAWS} draws of each, {self.title}"
+        picture = compose(
+            rows.reshape(-1, *draws.shape[1:]),
+            heading,
+            columns=DRAWS + 1,
+            scale=_SMALL,
+            apart=2 * _GAP,
+        )
+        return View(f"{DRAWS} draws with the seed {seed} of {what}.", _png([picture]))
+
+    def _generated(
+        self, images: np.ndarray, seed: int, indices: np.ndarray, arguments: dict[str, Any]
+    ) -> np.ndarray:
+        policy = self.generator_policy(**arguments, rescale=1 / 255)
+        transforms = policy.draw(seed, 0, indices)
+        draws = [
+            policy.generator.apply_transform(image, transform)
+            for image, transform in zip(images.astype(np.float32), transforms, strict=True)
+        ]
+        return policy.generator.standardize(np.stack(draws))
+
+    def _update(self) -> None:
+        super()._update()
+        for name in self.arguments:
+            self.controls[name].disabled = self.controls["policy"].value != GENERATOR
+
+
+def compose(
+    images: np.ndarray,
+    heading: str,
+    captions: Sequence[str] | None = None,
+    inks: Sequence[str] | None = None,
+    *,
+    columns: int = 10,
+    scale: int = _LARGE,
+    apart: int = 0,
+) -> Image.Image:
+    """Lay out pictures in rows of `columns`, each with its caption below, as one picture.
+
+    In some milliseconds, where `figures.picture_grid` takes more than a hundred.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        heading: a line above them.
+        captions: N, of any number of lines, or none.
+        inks: N colours for the captions; black without.
+        columns: as wide is the picture, also with fewer images.
+        scale: pixels of the picture for each of an image's.
+        apart: pixels between the first column and the others, beside the usual.
+    """
+    large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = large.shape
+    # A letter of the captions is about 6 pixels wide.
+    texts = [_wrapped(caption, width // 6) for caption in captions or [""] * count]
+    below = _LINE * max(text.count("\n") + 1 if text else 0 for text in texts)
+    across, down = width + _GAP, height + below + _GAP
+    whole_width = _GAP + columns * across + apart
+    heading = _wrapped(heading, whole_width // 8)
+    top = _LINE + 17 * (heading.count("\n") + 1)
+    places = [
+        (_GAP + column * across + (apart if column else 0), top + row * down)
+        for row, column in (divmod(i, columns) for i in range(count))
+    ]
+    whole_height = top + -(-count // columns) * down
+    canvas = np.full((whole_height, whole_width, 3), 255, np.uint8)
+    for image, (x, y) in zip(large, places, strict=True):
+        canvas[y : y + height, x : x + width] = image
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((_GAP, _GAP), heading, "black", _font(13), spacing=3)
+    for (x, y), text, ink in zip(places, texts, inks or ["black"] * count, strict=True):
+        where = (x + width / 2, y + height + 2)
+        draw.multiline_text(where, text, ink, _font(10), anchor="ma", align="center", spacing=2)
+    return picture
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width))
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+
+
+def _png(parts: Sequence[Image.Image]) -> bytes:
+    """One picture of equally wide parts, one above the other."""
+    size = parts[0].width, sum(part.height for part in parts)
+    whole, top = Image.new("RGB", size), 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
+    file = io.BytesIO()
+    whole.save(file, "PNG")
+    return file.getvalue()
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _page(rows: np.ndarray, page: int, size: int) -> tuple[np.ndarray, int]:
+    """The rows of a page, from 1, and how many pages there are."""
+    return rows[(page - 1) * size : page * size], -(-len(rows) // size)
+
+
+def _choices(dataset: Dataset) -> dict[str, tuple[int, ...]]:
+    """What a class can be chosen from, and the classes that each choice means."""
+    superclasses = {
+        f"{display_name(name)} (superclass)": _ids(dataset, name) for name in dataset.coarse_names
+    }
+    classes = {display_name(name): _ids(dataset, name) for name in dataset.fine_names}
+    return {"all classes": tuple(range(len(dataset.fine_names))), **superclasses, **classes}
+
+
+def _ids(dataset: Dataset, name: str) -> tuple[int, ...]:
+    if name in dataset.fine_names:
+        return (dataset.fine_names.index(name),)
+    members = dataset.superclass_of == dataset.coarse_names.index(name)
+    return tuple(np.flatnonzero(members).tolist())
+
+
+def _label(choices: Mapping[str, tuple[int, ...]], ids: tuple[int, ...]) -> str:
+    return next(label for label, chosen in choices.items() if chosen == ids)
