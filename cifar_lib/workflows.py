@@ -419,6 +419,7 @@ def _ablations(found: calibration.Results) -> pd.DataFrame:
             "validation accuracy": percent(points.at[name, "val_accuracy"]),
             "lowest": percent(points.at[name, "lowest"]),
             "highest": percent(points.at[name, "highest"]),
+            "seeds": int(points.at[name, "seeds"]),
             "points": "" if name == first else f"{100 * loss[name]:+.1f}",
         }
         for name in (first, *sorted(others, key=loss.get))
