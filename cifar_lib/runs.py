@@ -133,8 +133,12 @@ class Run:
 
     def load_model(self) -> keras.Model:
         """The trained network, built by name and given its weights; loading runs no stored code."""
-        path = self._file("weights.npz")
-        return network(self.recipe, self.environment["precision"], read_arrays(path), path)
+        path = self.path / "weights.npz"
+        return network(self.recipe, self.environment["precision"], self.weights(), path)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The trained network's weights, float32, by their place in `model.weights`."""
+        return read_arrays(self._file("weights.npz"))
 
     def _file(self, name: str) -> Path:
         path = self.path / name

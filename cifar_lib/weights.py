@@ -130,7 +130,7 @@ def export(
             f"{run.name} is of the data set {recipe.dataset!r} and the classes "
             f"{recipe.classes or 'all'}; only networks for all of CIFAR-100 are published."
         )
-    trained = runs.read_arrays(run.path / "weights.npz")
+    trained = run.weights()
     with np.errstate(over="ignore"):
         arrays = {key: array.astype(np.float16) for key, array in trained.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()):
