@@ -17,7 +17,6 @@ import os
 import signal
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -142,11 +141,10 @@ def steps_of(recipe: Recipe) -> dict[Recipe, float]:
     set: recipes whose steps take equally long have the same.
     """
     choices = {field: getattr(recipe, field) for field in CHOICES}
-    sizes = Counter(map(recipe.image_size, range(recipe.epochs)))
     return {
         Recipe(**choices, epochs=1, image_sizes=recipe.image_sizes and (size,)): count
         / recipe.epochs
-        for size, count in sizes.items()
+        for size, count in recipe.epochs_by_size.items()
     }
 
 

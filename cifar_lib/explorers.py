@@ -22,6 +22,7 @@ from matplotlib import colormaps
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+from sklearn.metrics import confusion_matrix
 
 import cifar_lib
 from cifar_lib.data import Dataset, display_name
@@ -237,12 +238,11 @@ class Predictions(Explorer):
         self.predicted = probabilities.argmax(axis=1)
         self.confidence = probabilities.max(axis=1).clip(0, 1)
         self.choices = _choices(dataset)
-        superclasses = len(dataset.coarse_names)
-        #: (20, 20) int: the images of each superclass (row) that were taken for each (column).
-        self.confusion = np.zeros((superclasses, superclasses), np.int64)
+        superclasses = np.arange(len(dataset.coarse_names))
         cells = dataset.superclass_of[labels], dataset.superclass_of[self.predicted]
-        np.add.at(self.confusion, cells, 1)
-        mistakes = self.confusion * (1 - np.eye(superclasses, dtype=np.int64))
+        #: (20, 20) int: the images of each superclass (row) that were taken for each (column).
+        self.confusion = confusion_matrix(*cells, labels=superclasses)
+        mistakes = self.confusion * (superclasses[:, None] != superclasses)
         self.initial = self.of_cell(*np.unravel_index(mistakes.argmax(), mistakes.shape))
 
     def of_cell(self, true: int, predicted: int) -> dict[str, Any]:

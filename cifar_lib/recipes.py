@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -302,6 +303,11 @@ class Recipe:
         if self.image_sizes is None:
             return SIDE
         return self.image_sizes[epoch * len(self.image_sizes) // self.epochs]
+
+    @property
+    def epochs_by_size(self) -> Counter[int]:
+        """How many epochs there are of each side of the training images, in pixels."""
+        return Counter(map(self.image_size, range(self.epochs)))
 
     @property
     def soft_labels(self) -> bool:

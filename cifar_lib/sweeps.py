@@ -29,7 +29,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,8 +177,7 @@ def dry_run(study: Study, studies_dir: Path) -> None:
         images = len(data.make_splits(dataset, **recipe.split_choices).train)
         steps = recipe.epochs * -(-images // recipe.batch_size)
         seconds = 0.0
-        sizes = Counter(map(recipe.image_size, range(recipe.epochs)))
-        for size, epochs in sizes.items():
+        for size, epochs in recipe.epochs_by_size.items():
             # What a step takes does not depend on what else is chosen.
             alike = recipe.replace(
                 name="alike",
