@@ -207,17 +207,19 @@ def run(order: Order) -> Outcome:
         worker.log_event(order.topic, {"trial": order.number, "worker": worker.address} | event)
 
     folder = scratch(order.study, order.number)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # All of it in the slot: an earlier attempt of a lost scheduler may end here at this moment, and
+    # remove its folder.
     with _slot(order, wanted) as slot:
         if slot is None:
             return Outcome(state=ABANDONED, host=host)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         began = time.monotonic()
         tell(what="started", host=host)
         error = _watch(order, folder, slot, wanted, tell)
-    if error == ABANDONED:
-        return Outcome(state=ABANDONED, host=host)
-    files = {path.name: path.read_bytes() for path in _results(folder)}
-    shutil.rmtree(folder, ignore_errors=True)
+        if error == ABANDONED:
+            return Outcome(state=ABANDONED, host=host)
+        files = {path.name: path.read_bytes() for path in _results(folder)}
+        shutil.rmtree(folder, ignore_errors=True)
     state = FAILED if error else FINISHED
     seconds = time.monotonic() - began
     return Outcome(state=state, error=error, files=files, seconds=seconds, host=host)
