@@ -32,6 +32,9 @@ def _standard_error_closed() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# By itself TensorFlow computes with oneDNN only where the processor has AVX-512's instructions for
+# networks; with AVX2 alone the recipe `fast` trains six times as fast with it as without.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 with _standard_error_closed():
     import keras
 
