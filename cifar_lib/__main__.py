@@ -224,7 +224,9 @@ def _add_run(parser: argparse.ArgumentParser, name: str, default: str) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="the recipe's name")
     _add_runs_dir(parser)
-    choices = parser.add_argument_group("choices that replace the recipe's")
+    choices = parser.add_argument_group(
+        "choices that replace the recipe's", "`none` takes one back that may be left out"
+    )
     for field, hint in typing.get_type_hints(recipes.Recipe).items():
         if field != "name":
             choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint))
@@ -233,18 +235,29 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _recipe(options: argparse.Namespace) -> recipes.Recipe:
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)} - {"name"}
     chosen = {field: getattr(options, field) for field in fields}
-    return recipes.get(
-        options.recipe, **{field: value for field, value in chosen.items() if value is not None}
-    )
+    chosen = {
+        field: recipes.NONE if value == [recipes.NONE] else value
+        for field, value in chosen.items()
+        if value is not None
+    }
+    return recipes.get(options.recipe, **chosen)
 
 
 def _option(hint: object) -> dict:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+    def settings(kind: type, metavar: str) -> dict:
+        def convert(text: str) -> object:
+            return text if text == recipes.NONE and type(None) in kinds else kind(text)
+
+        convert.__name__ = kind.__name__  # which argparse names in its messages
+        return {"type": convert, "metavar": metavar}
+
     if tuple[str, ...] in kinds:
         return {"nargs": "+", "metavar": "CLASS"}
     if tuple[int, ...] in kinds:
-        return {"nargs": "+", "type": int, "metavar": "PIXELS"}
-    return {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+        return {"nargs": "+", **settings(int, "PIXELS")}
+    return settings(kinds[0], kinds[0].__name__.upper())
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -31,15 +31,17 @@ def predict(
         for start in range(0, len(images), batch_size)
     ]
     probabilities = np.concatenate(batches)
-    return average_with_mirrored(model, images, probabilities) if flip else probabilities
+    if not flip:
+        return probabilities
+    return average_with_mirrored(model, images, probabilities, batch_size=batch_size)
 
 
 def average_with_mirrored(
-    model: keras.Model, images: np.ndarray, probabilities: np.ndarray
+    model: keras.Model, images: np.ndarray, probabilities: np.ndarray, *, batch_size: int = 250
 ) -> np.ndarray:
     """What `predict` gives for the images with `flip`, from what it gave without, as (N, K)."""
     mirrored = np.ascontiguousarray(images[:, :, ::-1])
-    return (probabilities + predict(model, mirrored)) / 2
+    return (probabilities + predict(model, mirrored, batch_size=batch_size)) / 2
 
 
 def evaluate(

@@ -755,15 +755,15 @@ def variants(trials: pd.DataFrame, title: str) -> Figure:
     """Draw the validation accuracy of a study's variants, a row each, the best on top.
 
     `trials` is `calibration.Results.trials`, with the column `variant`. Complete trials are dots, a
-    tick is their mean; the dashed line is the mean of the first variant, which the rows state their
-    distance from, in percentage points.
+    tick is their mean; the dashed line is the mean of the study's first variant, which the rows
+    state their distance from, in percentage points. Neither is drawn without a complete trial of it.
     Raises ValueError if no trial is complete.
     """
     complete = trials[trials["state"] == "complete"]
     if complete.empty:
         raise ValueError("no trial is complete: nothing to draw of the variants")
     means = complete.groupby("variant", sort=False)["val_accuracy"].mean()
-    first = means.iloc[0]
+    first = means.get(trials["variant"].iloc[0])
     means = means.sort_values()
     figure = _figure(8, 1.6 + 0.34 * len(means), layout="constrained")
     axes = figure.subplots()
@@ -774,13 +774,13 @@ def variants(trials: pd.DataFrame, title: str) -> Figure:
     )
     ticks = {"marker": "|", "ms": 16, "mew": 2, "linestyle": "none", "color": "black"}
     axes.plot(means, range(len(means)), label="mean", **ticks)
-    axes.axvline(first, color="0.4", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(means)), means.index)
-    distances = axes.secondary_yaxis("right")
-    distances.set_yticks(
-        range(len(means)),
-        ["" if mean == first else f"{100 * (mean - first):+.1f}" for mean in means],
-    )
+    if first is not None:
+        axes.axvline(first, color="0.4", linestyle="--", linewidth=1)
+        axes.secondary_yaxis("right").set_yticks(
+            range(len(means)),
+            ["" if mean == first else f"{100 * (mean - first):+.1f}" for mean in means],
+        )
     axes.set_ylim(-0.6, len(means) - 0.4)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("validation accuracy")

@@ -34,6 +34,10 @@ SCHEDULES = ("constant", "inverse_time", "cosine", "linear")
 PRECISIONS = ("float32", "bfloat16", "auto")
 PROTOCOLS = ("holdout", "final", "deck")
 
+#: In place of a value, what takes back a choice that may be left out: where None is "the recipe's",
+#: as in a notebook's parameters, it alone can. The choice is None then.
+NONE = "none"
+
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
 LEAST_SIDE, SIDE = 12, 32
 
@@ -296,7 +300,11 @@ class Recipe:
         """What it has that the named recipe of its name has not, as a notebook's parameters."""
         usual = json.loads(get(self.name).to_json())
         own = json.loads(self.to_json())
-        return {field: value for field, value in own.items() if value != usual[field]}
+        return {
+            field: NONE if value is None else value
+            for field, value in own.items()
+            if value != usual[field]
+        }
 
     def image_size(self, epoch: int) -> int:
         """The side of the training images in an epoch, from 0, in pixels."""
@@ -355,7 +363,7 @@ def unknown(kind: str, value: object, names: Iterable[str]) -> str:
 def _typed(field: str, value: object, hint: object) -> object:
     """`value` as the type `hint`, where no information is lost by it."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if type(None) in options and value in (None, NONE):
         return None
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -541,6 +541,18 @@ def test_variants_are_ordered_by_their_mean_beside_the_first():
     rendered(figure)
 
 
+def test_variants_stand_alone_where_the_first_failed():
+    table = trials(
+        variant=["all", "less", "more"],
+        val_accuracy=[np.nan, 0.40, 0.60],
+        state=["failed", "complete", "complete"],
+    )
+    (axes,) = figures.variants(table, "CIFAR-100").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["less", "more"]
+    assert not axes.child_axes
+    assert len(axes.get_lines()) == 2
+
+
 def test_figures_of_a_study_refuse_nothing():
     table = trials(learning_rate=[1e-3], val_accuracy=[0.1], state=["pruned"])
     for draw in (

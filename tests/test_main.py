@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cifar_lib import ROOT, recipes, runs
-from cifar_lib.__main__ import EXAMPLES, _parser, main
+from cifar_lib.__main__ import EXAMPLES, _parser, _recipe, main
 
 TRAIN = [
     "train",
@@ -72,6 +72,7 @@ def test_help_of_train_lists_every_choice():
         ["trian", "seed"],
         ["train"],
         ["train", "seed", "--epochs", "many"],
+        ["train", "seed", "--epochs", "none"],
         ["train", "seed", "--learning", "0.1", "--epoch"],
         ["data", "--dataset", "cifar10"],
         ["predict", "cat.jpg", "--run", "mine", "--weights", "seed"],
@@ -84,6 +85,11 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: python -m cifar_lib" in capsys.readouterr().err
+
+
+def test_choices_are_taken_back_on_the_command_line():
+    options = _parser().parse_args(["train", "fast", "--image-sizes", "none", "--mixing", "none"])
+    assert _recipe(options) == recipes.get("fast", image_sizes=None)
 
 
 def test_data_says_what_is_there(synthetic, capsys):

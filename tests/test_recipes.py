@@ -235,6 +235,14 @@ def test_types_that_lose_nothing_are_taken():
     assert Recipe(learning_rate=1).run_name == Recipe(learning_rate=1.0).run_name
 
 
+def test_a_choice_is_taken_back_by_none():
+    plain = recipes.get("fast", image_sizes="none", activation="none", mixing="none")
+    assert plain == recipes.get("fast", image_sizes=None)
+    assert recipes.get("fast", **plain.changes) == plain
+    with pytest.raises(RecipeError, match="epochs is 'none', of type str; it must be int"):
+        recipes.get("fast", epochs="none")
+
+
 def test_every_choice_is_in_the_run_name():
     changes = [{field: OTHER[field]} for field in OTHER] + TOGETHER
     assert {field for change in changes for field in change} == set(FIELDS)
