@@ -756,7 +756,7 @@ def variants(trials: pd.DataFrame, title: str) -> Figure:
 
     `trials` is `calibration.Results.trials`, with the column `variant`. Complete trials are dots, a
     tick is their mean; the dashed line is the mean of the study's first variant, which the rows
-    state their distance from, in percentage points. Neither is drawn without a complete trial of it.
+    state their distance from, in percentage points; neither is drawn where all of its trials failed.
     Raises ValueError if no trial is complete.
     """
     complete = trials[trials["state"] == "complete"]
