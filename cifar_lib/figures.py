@@ -755,8 +755,8 @@ def variants(trials: pd.DataFrame, title: str) -> Figure:
     """Draw the validation accuracy of a study's variants, a row each, the best on top.
 
     `trials` is `calibration.Results.trials`, with the column `variant`. Complete trials are dots, a
-    tick is their mean; the dashed line is the mean of the study's first variant, which the rows
-    state their distance from, in percentage points; neither is drawn where all of its trials failed.
+    tick is their mean; the dashed line is the mean of the study's first variant, from which the
+    rows state their distance in percentage points; it is left out if all of its trials failed.
     Raises ValueError if no trial is complete.
     """
     complete = trials[trials["state"] == "complete"]
