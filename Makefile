@@ -15,7 +15,7 @@ export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab reference clean
+.PHONY: help setup demo test lab pages reference clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 lab: $(VENV)/.ready ## Open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' \
 	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
+
+pages: $(VENV)/.ready ## Make figures/, reports/ and README's tables of results/ again (some minutes)
+	$(RUN) -m cifar_lib reference --pages $(ARGS)
 
 reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ again (four hours on 2 cores)
 	$(RUN) benchmarks/data_loading.py --out results/benchmarks/data_loading.json

@@ -195,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
 
     reference = add("reference", _reference, "make the reference results and their report again")
     _add_runs_dir(reference)
+    reference.add_argument(
+        "--pages", action="store_true", help="train nothing: make figures and pages of results/"
+    )
     return parser
 
 
@@ -421,7 +424,8 @@ def _benchmark(options: argparse.Namespace) -> None:
 def _reference(options: argparse.Namespace) -> None:
     from cifar_lib import workflows
 
-    print(workflows.reference(options.runs_dir))
+    make = workflows.pages if options.pages else workflows.reference
+    print(make(options.runs_dir))
 
 
 def _resource(text: str) -> tuple[str, float]:

@@ -16,6 +16,8 @@ from cifar_lib import ROOT, calibration, data, recipes, reports, runs, studies, 
 from cifar_lib.reports import percent
 
 NOTEBOOKS = ROOT / "notebooks"
+RESULTS = ROOT / "results"
+FIGURES = ROOT / "figures"
 DECK = {"run": "the deck, 2018", "epochs": 139, "accuracy": 0.6187, "loss": 1.5597}
 
 #: The runs whose results the repository holds, one a seed, by the name that its pages give them;
@@ -69,6 +71,8 @@ def report(
     *,
     title: str = "CIFAR-100 report",
     introduction: str = "",
+    training: Sequence[Path] | None = None,
+    network: str | None = None,
     executed_dir: Path,
     output_dir: Path,
     tables_dir: Path,
@@ -87,6 +91,9 @@ def report(
         out: the folder of the pages.
         title: of the report.
         introduction: Markdown for the top of the index.
+        training: the executed notebooks of training, by default those in the run folders.
+        network: the run whose predictions are shown, by default the last of `shown`; "" is the best
+            published network.
         executed_dir: where the executed notebooks go.
         output_dir: where pictures go.
         tables_dir: where the numbers behind the pictures go.
@@ -121,7 +128,7 @@ def report(
         "02_augmentation": of_data,
         "03_network": of_data | {"model": shown[-1].recipe.model},
         "05_results": of_runs | {"runs": [run.name for run in shown]},
-        "06_predictions": of_runs | {"run": shown[-1].name},
+        "06_predictions": of_runs | {"run": shown[-1].name if network is None else network},
     }
     names = [] if studies_dir is None else _studies_on(dataset.title, studies_dir)
     if names:
@@ -148,7 +155,8 @@ def report(
         except reports.NotebookError as error:
             failures.append(str(error))
         executed.append(path)
-    training = [run.path / "notebook.ipynb" for run in shown]
+    if training is None:
+        training = [run.path / "notebook.ipynb" for run in shown]
     executed[3:3] = [path for path in training if path.exists()]
     index = reports.render(
         executed,
@@ -255,7 +263,7 @@ def demo(runs_dir: Path) -> Path:
 
 
 def reference(runs_dir: Path) -> Path:
-    """Make `results/`, `figures/`, `reports/`, `weights/` and the README's tables.
+    """Make `results/` and `weights/`, and of them all that `pages` makes.
 
     Returns the path of the report's index.
 
@@ -264,49 +272,70 @@ def reference(runs_dir: Path) -> Path:
     from cifar_lib import sweeps
 
     trained = {
-        name: [train(recipe, runs_dir, ROOT / "figures") for recipe in of_seeds]
+        name: [train(recipe, runs_dir, FIGURES) for recipe in of_seeds]
         for name, of_seeds in REFERENCE.items()
     }
-    results = ROOT / "results"
     for run in itertools.chain(*trained.values()):
-        folder = results / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            shutil.copyfile(run.path / name, folder / name)
+        _copy(RUN_FILES, run.path, RESULTS / run.name)
+    # The pages look at the images of the last one.
+    detailed = list(trained.values())[-1][0]
+    _copy(["predictions.npz"], detailed.path, RESULTS / detailed.name)
     for name, recipe in WEIGHTS.items():
-        weights.export(train(recipe, runs_dir, ROOT / "figures"), name)
+        weights.export(train(recipe, runs_dir, FIGURES), name)
     for name in (*STUDIES, ABLATIONS):
         study = studies.load(ROOT / "studies" / f"{name}.yaml")
         done = sweeps.run(study, runs_dir / "studies")
-        folder = results / "studies" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in STUDY_FILES:
-            shutil.copyfile(done / file, folder / file)
+        _copy(STUDY_FILES, done, RESULTS / "studies" / name)
     table = runs_dir / "range_tests" / f"{RANGE_TEST.run_name}.csv"
     if not table.exists():
         # The network is slow to start: the usual 300 steps are over before its loss falls.
         range_test(RANGE_TEST, runs_dir, lowest=1e-5, highest=1e-2, steps=1000)
-    shutil.copyfile(table, results / "range_test.csv")
-    tables = readme_tables(results)
+    shutil.copyfile(table, RESULTS / "range_test.csv")
+    return pages(runs_dir)
+
+
+def pages(runs_dir: Path) -> Path:
+    """Make `figures/`, `reports/` and the README's tables of `results/` and `weights/`.
+
+    Returns the path of the report's index. Nothing is trained: the pages of runs that are not in
+    `runs_dir` are those that `reports/` has. Needs the real CIFAR-100.
+    """
     readme = ROOT / "README.md"
+    tables = readme_tables(RESULTS)
     runs.write_atomically(readme, with_tables(readme.read_text("utf-8"), tables).encode())
-    introduction = "\n".join(f"- `{first.name}`: {name}" for name, (first, *_) in trained.items())
+    shown = {name: runs.load(RESULTS / first.run_name) for name, (first, *_) in REFERENCE.items()}
+    introduction = "\n".join(f"- `{run.name}`: {name}" for name, run in shown.items())
+    out = ROOT / "reports"
+    trained = [
+        [runs_dir / run.name / "notebook.ipynb", out / "notebooks" / f"{run.name}.ipynb"]
+        for run in shown.values()
+    ]
     return report(
-        [first for first, *_ in trained.values()],
-        ROOT / "reports",
+        list(shown.values()),
+        out,
         title="CIFAR-100 reference report",
         introduction=introduction,
+        training=[next(filter(Path.exists, places), places[0]) for places in trained],
+        network="",
         executed_dir=runs_dir / "executed",
-        output_dir=ROOT / "figures",
-        tables_dir=results,
-        studies_dir=results / "studies",
-        range_test=results / "range_test.csv",
-        compared=list(itertools.chain(*trained.values())),
-        tried=results / "tried.csv",
-        ablations=results / "studies" / ABLATIONS,
-        operations=results / "benchmarks" / "operations.json",
+        output_dir=FIGURES,
+        tables_dir=RESULTS,
+        studies_dir=RESULTS / "studies",
+        range_test=RESULTS / "range_test.csv",
+        compared=[
+            runs.load(RESULTS / recipe.run_name) for recipe in itertools.chain(*REFERENCE.values())
+        ],
+        tried=RESULTS / "tried.csv",
+        ablations=RESULTS / "studies" / ABLATIONS,
+        operations=RESULTS / "benchmarks" / "operations.json",
         readme=True,
     )
+
+
+def _copy(names: Sequence[str], source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
 
 
 def readme_tables(results: Path) -> dict[str, str]:
