@@ -99,6 +99,10 @@ def jupyterlab(
     }
     environment = os.environ | {name: str(own / folder) for name, folder in places.items()}
     environment["JUPYTER_TOKEN"] = token
+    # Else JupyterLab asks whether it may fetch news, in front of what is tested.
+    settings = own / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     command = [
         sys.executable,
         "-m",

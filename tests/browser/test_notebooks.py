@@ -53,9 +53,11 @@ class Notebook:
 
     def photograph(self, path: Path) -> None:
         """Keep a picture of all of it."""
-        height = self.page.locator(".jp-WindowedPanel-outer").evaluate("it => it.scrollHeight")
+        scrolled = self.page.locator(".jp-WindowedPanel-outer")
         usual = self.page.viewport_size
-        self.page.set_viewport_size(usual | {"height": min(height + 200, 16_000)})
+        height = scrolled.evaluate("it => it.scrollHeight") + 200
+        self.page.set_viewport_size(usual | {"height": min(height, 16_000)})  # Chromium's limit
+        scrolled.evaluate("it => it.scrollTo(0, 0)")
         self.page.screenshot(path=path)
         self.page.set_viewport_size(usual)
 
