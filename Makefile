@@ -8,6 +8,14 @@ ARGS ?=
 # An interpreter that has PyTorch; where there is none, nothing is compared with it.
 TORCH_PYTHON ?= $(RUN)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# What git calls for the files that notebooks/.gitattributes names. Without --keep-id, cells would be
+# numbered anew; the keys are what Jupyter adds to those that nbstripout takes away by itself.
+STRIP = "$(abspath $(RUN))" -m nbstripout --keep-id
+LANGUAGE := codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version
+CELL := editable jupyter papermill slideshow vscode
+EXTRA_KEYS = metadata.papermill $(LANGUAGE:%=metadata.language_info.%) $(CELL:%=cell.metadata.%)
+# On Linux without a display no browser can open: JupyterLab prints the address alone.
+NO_BROWSER = $(if $(DISPLAY)$(WAYLAND_DISPLAY),,$(if $(filter Linux,$(shell uname)),--no-browser))
 # The first of these whose version is supported makes .venv.
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 # A user's own pip settings must not install outside .venv.
@@ -15,10 +23,10 @@ export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo report test lab pages reference clean
+.PHONY: help setup demo report test test-browser lab filter pages reference clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.ready ## Make .venv and install everything in it (3.4 GB of disk)
 
@@ -33,9 +41,22 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)
 
-lab: $(VENV)/.ready ## Open the notebooks in JupyterLab
-	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' \
+test-browser: $(VENV)/.ready ## Operate the notebooks and reports in Chromium (TIME minutes on 2 cores)
+	$(RUN) -m pytest tests/browser $(ARGS)
+
+lab: filter ## Open the notebooks in JupyterLab
+	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' $(NO_BROWSER) \
 	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
+
+filter: $(VENV)/.ready ## Keep what notebooks put out away from git (make lab does so, too)
+	@if [ -e .git ] && git rev-parse >/dev/null 2>&1; then \
+	    git config filter.nbstripout.clean '$(STRIP)'; \
+	    git config filter.nbstripout.smudge cat; \
+	    git config filter.nbstripout.required true; \
+	    git config filter.nbstripout.extrakeys '$(EXTRA_KEYS)'; \
+	else \
+	    echo "This is no checkout of git, so outputs of notebooks need not be kept away from it."; \
+	fi
 
 pages: $(VENV)/.ready ## Make figures/, reports/ and README's tables of results/ again (some minutes)
 	$(RUN) -m cifar_lib reference --pages $(ARGS)
@@ -49,10 +70,12 @@ reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ agai
 	$(RUN) benchmarks/sweeps.py --out results/benchmarks/sweeps.json
 	$(RUN) -m cifar_lib reference $(ARGS)
 
+# The filter of notebooks goes, too: it is in .venv, and git would refuse to add notebooks.
 clean: ## Delete .venv and caches; runs/ and the data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +
+	@if [ -e .git ]; then git config --remove-section filter.nbstripout 2>/dev/null || true; fi
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	@if ! $(RUN) -c '$(SUPPORTED)' 2>/dev/null; then \

@@ -44,6 +44,77 @@ def test_notebooks_are_stored_clean(path):
         assert cell.get("execution_count") is None
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """Calls a program in a repository of its own, with the notebooks and after `make filter`."""
+    for program in ("make", "git"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # set where a hook runs the tests
+        monkeypatch.delenv(name, raising=False)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "reports" / "notebooks").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def call(*arguments):
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ready = f"{sys.prefix}/.ready"
+    make = ["make", "filter", f"VENV={sys.prefix}", f"--assume-old={ready}"]
+    assert "no checkout" in call(*make)
+    call("git", "init", "--quiet")
+    call("git", "add", ".")
+    author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    call("git", *author, "commit", "--quiet", "--message", "Notebooks")
+    call(*make)
+    return tmp_path, call
+
+
+def test_outputs_of_notebooks_stay_out_of_git(checkout):
+    folder, call = checkout
+    assert not call("git", "status", "--porcelain")
+    paths = sorted(folder.glob("notebooks/*.ipynb"))
+    for path in paths:
+        # Nothing but what Jupyter puts into a notebook that is run and saved.
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.language_info |= {
+            "codemirror_mode": {"name": "ipython", "version": 3},
+            "file_extension": ".py",
+            "mimetype": "text/x-python",
+            "nbconvert_exporter": "python",
+            "pygments_lexer": "ipython3",
+            "version": "3.13.1",
+        }
+        notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+        for number, cell in enumerate(notebook.cells, 1):
+            cell.metadata |= {"collapsed": True, "editable": True, "slideshow": {"slide_type": ""}}
+            if cell.cell_type == "code":
+                cell.execution_count = number
+                cell.metadata |= {"scrolled": True, "jupyter": {"source_hidden": True}}
+                cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+                cell.outputs = [nbformat.v4.new_output("stream", text="a secret\n")]
+        nbformat.write(notebook, path)
+    assert not call("git", "diff")
+    call("git", "add", ".")
+    assert not call("git", "status", "--porcelain")
+    paths[0].write_text(paths[0].read_text().replace("# The data set", "# Another title"))
+    changes = call("git", "diff", "--unified=0")
+    assert "Another title" in changes
+    assert "a secret" not in changes
+
+
+def test_executed_notebooks_of_the_report_keep_their_outputs(checkout):
+    folder, call = checkout
+    for name in ("notebooks", "reports/notebooks"):
+        cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text="kept\n")])
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / name / "new.ipynb")
+    call("git", "add", ".")
+    assert "kept" not in call("git", "show", ":notebooks/new.ipynb")
+    assert "kept" in call("git", "show", ":reports/notebooks/new.ipynb")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_begin_with_a_title_and_then_their_parameters(path):
     notebook = nbformat.read(path, as_version=4)
@@ -123,7 +194,7 @@ def test_make_lists_every_target():
         pytest.skip("make is not installed")
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (phony,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
-    assert re.findall(r"^ +make (\w+)", listed, re.M) == phony.split()
+    assert re.findall(r"^ +make ([\w-]+)", listed, re.M) == phony.split()
 
 
 def test_reports_and_figures_stay_small():
