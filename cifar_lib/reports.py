@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import itables.options
 import nbformat
 import pandas as pd
 from nbformat import NotebookNode
@@ -59,7 +58,7 @@ RUNS_LINK = '<a href="numbers/runs.csv" download>Download the table as CSV</a>'
 ERROR_MARKER = "papermill-error-cell-tag"
 
 SPHINX = {
-    "extensions": ["myst_nb", "furo"],
+    "extensions": ["myst_nb"],
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "nb_render_markdown_format": "gfm",
@@ -450,10 +449,14 @@ def _page_name(name: str) -> str:
 def _page(path: Path, numbers: Mapping[str, Path]) -> _Page:
     notebook = _read(path)
     _remove_volatile(notebook)
-    name = _page_name(path.parent.name if path.stem == "notebook" else path.stem)
+    of_run = path.stem == "notebook"
+    name = _page_name(path.parent.name if of_run else path.stem)
     first = notebook.cells[0] if notebook.cells else None
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {name}", id="title"))
+    elif of_run:  # the pages of several runs come from one notebook
+        title, line_end, rest = first.source.partition("\n")
+        first.source = f"{title}: {name}{line_end}{rest}"
     heading, _, rest = notebook.cells[0].source.partition("\n")
     try:
         picture = _picture(notebook)
@@ -588,6 +591,8 @@ def _write_source(
         (source / folder).mkdir(parents=True)
     shutil.copy(STYLE, source / "static" / "report.css")
     if runs is not None:
+        import itables.options
+
         bundle = Path(itables.options.dt_bundle).read_text(encoding="utf-8")
         script = SORTABLE_SCRIPT % json.dumps(bundle)
         (source / "static" / "sortable.js").write_text(script, encoding="utf-8")
@@ -645,21 +650,23 @@ def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
     configuration = SPHINX | {
         "project": title,
         "html_title": title,
-        "html_static_path": [str(source / "static")],
-        "html_extra_path": [str(source / "extra")],
+        "html_static_path": ["static"],
+        "html_extra_path": ["extra"],
         "exclude_patterns": ["extra", "static"],
         "html_theme_options": {"announcement": html.escape(banner)},
     }
+    # Not as overrides: Sphinx complains of those of a theme, which it loads later.
+    lines = [f"{name} = {value!r}\n" for name, value in configuration.items()]
+    (source / "conf.py").write_text("".join(lines), encoding="utf-8")
     complaints = io.StringIO()
     try:
         with patch_docutils(), docutils_namespace():
             app = Sphinx(
                 srcdir=source,
-                confdir=None,
+                confdir=source,
                 outdir=built,
                 doctreedir=source.parent / "doctrees",
                 buildername="html",
-                confoverrides=configuration,
                 status=None,
                 warning=complaints,
                 freshenv=True,
@@ -676,7 +683,7 @@ def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
         (built / leftover).unlink(missing_ok=True)
 
 
-def _reach_by_keyboard(app, page: str, template: str, context: dict, doctree) -> None:
+def _reach_by_keyboard(app: Any, page: str, template: str, context: dict, doctree: Any) -> None:
     """Let the keyboard scroll what is wider than the page: code, output and tables."""
     body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
     for box in ('<div class="table-wrapper', '<div class="output text_html'):

@@ -304,10 +304,10 @@ def all_runs(compared: Sequence[runs.Run]) -> pd.DataFrame:
             "epochs": run.metrics["epochs_run"],
             "accuracy": test["accuracy"],
             "95 % interval": f"{test['accuracy_low']:.4f} to {test['accuracy_high']:.4f}",
-            "with mirror images": run.metrics.get("test_flip", {}).get("accuracy"),
+            "mirrored accuracy": run.metrics.get("test_flip", {}).get("accuracy"),
             "top-5": test["top5_accuracy"],
             "loss": test["loss"],
-            "minutes of training": f"{run.metrics['train_seconds'] / 60:.1f}",
+            "minutes": f"{run.metrics['train_seconds'] / 60:.1f}",
             "precision": run.environment["precision"],
         }
         for run in compared
