@@ -574,6 +574,9 @@ class Training:
             return None
         self.began, self.shown, self.steps_done = time.perf_counter(), 0.0, 0
         display.display(self.panel)
+        # ipykernel 7.4 handles a message in the shell through which its widget spoke last: here the
+        # one that trains. Forgetting that leaves it to JupyterLab, which names a subshell.
+        vars(self.button.comm).pop("_reply_subshell_id", None)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -584,9 +587,8 @@ class Training:
         done, epochs = len(self._stored()), self.recipe.epochs
         self.text.value = f"Trained for {done} of {epochs} epochs."
         if isinstance(error, KeyboardInterrupt):
-            stopped = StoppedError(done, epochs)
-            self.text.value = str(stopped)
-            raise stopped from None
+            self.text.value = ""  # the error says it
+            raise StoppedError(done, epochs) from None
 
     def step_ended(self, epoch: int, step: int, steps: int) -> None:
         """Show how far the epoch is; see `training.Watcher`."""
