@@ -1,5 +1,6 @@
 import datetime
 import io
+import re
 
 import ipywidgets
 import numpy as np
@@ -374,8 +375,8 @@ def test_runs_are_chosen_among_the_finished_ones_on_the_data_set(three):
 
 
 def test_only_the_choices_that_differ_are_compared(three):
-    [table] = pd.read_html(io.StringIO(three.table.value), index_col=0)
-    assert table.to_dict("index") == {"learning_rate": {"a": 0.001, "b": 0.0001}}
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", three.table.value)
+    assert cells == ["", "a", "b", "learning_rate", "0.001", "0.0001"]
     choose(three, names=("a", "c"))
     assert "recipes are the same" in three.text.value and three.table.value == ""
 
