@@ -157,7 +157,7 @@ def run_notebook(
 @pytest.fixture(scope="module")
 def trained(run_notebook: Callable[..., AbstractContextManager[Notebook]]) -> None:
     """A run of the stand-in, trained by `04_train`."""
-    small = {"train_size": 500, "validation_size": 100, "test_size": 200, "epochs": 2}
+    small = {"train_size": 200, "validation_size": 100, "test_size": 200, "epochs": 2}
     with run_notebook("04_train", recipe="quick", dataset="synthetic", **small):
         pass
 
@@ -191,7 +191,7 @@ def test_04_train(trained):
 
 
 def test_04_train_is_stopped_and_continued(open_notebook):
-    long = {"train_size": 2_000, "validation_size": 0, "test_size": 200, "epochs": 8}
+    long = {"train_size": 400, "test_size": 100, "epochs": 3}
     chosen = {"recipe": "quick", "dataset": "synthetic", "protocol": "final", **long}
     with open_notebook("04_train", "stopped", **chosen, run_name="stopped") as notebook:
         training = notebook.page.locator(".jp-CodeCell").filter(has_text="training.train(")
