@@ -1,8 +1,9 @@
-"""Views of images, predictions and augmentation to operate in JupyterLab; elsewhere, pictures.
+"""What can be watched and operated in JupyterLab: data, augmentation, training, runs, predictions.
 
 An explorer is the last line of a cell. In a kernel that Jupyter started it shows controls and one
 picture that follows them; where a notebook runs without a person, the picture alone, as the
-controls would begin. No control is made there.
+controls would begin. No control is made there. `Training` alone is a context: it stands around the
+training that it shows.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ import abc
 import functools
 import io
 import textwrap
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 from IPython import display
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm, to_hex
+from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import confusion_matrix
+from tqdm import tqdm
 
 import cifar_lib
+from cifar_lib import figures
 from cifar_lib.data import Dataset, display_name
 from cifar_lib.figures import RIGHT, WRONG
+from cifar_lib.recipes import Recipe
 
 HINT = "Open this notebook with `make lab` to choose for yourself what is shown."
 DRAWS = 12
@@ -98,10 +107,7 @@ class Explorer(abc.ABC):
 
     @functools.cached_property
     def picture(self) -> widgets.Image:
-        # As narrow as the cell, but no wider than it is drawn, which would blur it.
-        layout = {"max_width": "100%", "align_self": "flex-start"}
-        layout |= {"object_fit": "contain", "object_position": "top left"}
-        return widgets.Image(format="png", layout=layout)
+        return _picture()
 
     @functools.cached_property
     def panel(self) -> widgets.Widget:
@@ -133,6 +139,13 @@ class Explorer(abc.ABC):
         self.picture.layout.display = None if view.png else "none"
         if "page" in self.controls:
             self.controls["page"].max = view.pages
+
+
+def _picture() -> widgets.Image:
+    # As narrow as the cell, but no wider than it is drawn, which would blur it.
+    layout = {"max_width": "100%", "align_self": "flex-start"}
+    layout |= {"object_fit": "contain", "object_position": "top left"}
+    return widgets.Image(format="png", layout=layout)
 
 
 class Images(Explorer):
@@ -457,6 +470,147 @@ class Augmentation(Explorer):
         super()._update()
         for name in self.arguments:
             self.controls[name].disabled = self.controls["policy"].value != GENERATOR
+
+
+class StoppedError(Exception):
+    """Training was stopped and can go on; Jupyter says so, without a traceback, and runs no more.
+
+    Args:
+        done: finished epochs.
+        epochs: of the whole run.
+    """
+
+    def __init__(self, done: int, epochs: int) -> None:
+        super().__init__(
+            f"Stopped after epoch {done} of {epochs}. Run this cell again to continue."
+        )
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class Training:
+    """The curves and the progress of a run while it trains, and a button that stops it.
+
+    A context around `training.train`, whose watcher it is:
+
+        with explorers.Training(recipe, run_dir, dataset.title) as watcher:
+            training.train(recipe, run_dir, dataset=dataset, watcher=watcher)
+
+    Stopped, by the button after the epoch that runs, or at once where the kernel is interrupted, it
+    raises `StoppedError`; the run is then as after any interruption, and the same cell continues.
+    The button works during the cell where JupyterLab sends what widgets say to a subshell of the
+    kernel: since version 4.4 with ipykernel 7, unless the setting "Kernel Comms over subshells" is
+    disabled. Elsewhere what it says arrives when the cell has ended; interrupt the kernel there.
+
+    Where nobody can operate it, there is no watcher, and nothing is shown.
+
+    Args:
+        recipe: every choice of the run.
+        run_dir: the run folder.
+        title: of the data set.
+    """
+
+    #: Between two looks at the progress within an epoch.
+    seconds = 0.25
+
+    def __init__(self, recipe: Recipe, run_dir: Path, title: str) -> None:
+        self.recipe, self.run_dir, self.title = recipe, run_dir, title
+        self.stop = threading.Event()
+
+    @functools.cached_property
+    def button(self) -> widgets.Button:
+        """Stops training after the epoch that runs."""
+        button = widgets.Button(description="Stop after this epoch", icon="stop")
+        button.layout.width = "16em"
+        button.on_click(self._stop)
+        return button
+
+    @functools.cached_property
+    def bar(self) -> widgets.IntProgress:
+        """The steps of the epoch that runs."""
+        return widgets.IntProgress(layout={"width": "20em"})
+
+    @functools.cached_property
+    def text(self) -> widgets.HTML:
+        return widgets.HTML("Preparing: the network is built and compiled.")
+
+    @functools.cached_property
+    def picture(self) -> widgets.Image:
+        return _picture()
+
+    @functools.cached_property
+    def panel(self) -> widgets.Widget:
+        """All of it, to be displayed."""
+        row = widgets.HBox([self.button, self.bar, self.text])
+        row.layout.flex_flow = "row wrap"
+        self._draw(self._stored())
+        return widgets.VBox([row, self.picture])
+
+    def __enter__(self) -> Training | None:
+        self.live = cifar_lib.started_by_jupyter()
+        if not self.live:
+            return None
+        self.began, self.shown, self.steps_done = time.perf_counter(), 0.0, 0
+        display.display(self.panel)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not self.live:
+            return
+        for control in (self.button, self.bar):
+            control.layout.display = "none"
+        done, epochs = len(self._stored()), self.recipe.epochs
+        self.text.value = f"Trained for {done} of {epochs} epochs."
+        if isinstance(error, KeyboardInterrupt):
+            stopped = StoppedError(done, epochs)
+            self.text.value = str(stopped)
+            raise stopped from None
+
+    def step_ended(self, epoch: int, step: int, steps: int) -> None:
+        """Show how far the epoch is; see `training.Watcher`."""
+        now = time.perf_counter()
+        if not self.steps_done:  # the first step is long: it compiles
+            self.began = now
+        self.steps_done += 1
+        if step < steps and now - self.shown < self.seconds:
+            return
+        self.shown = now
+        self.bar.max, self.bar.value = steps, step
+        ahead = self.recipe.epochs * steps - (epoch - 1) * steps - step
+        words = f"Epoch {epoch} of {self.recipe.epochs}, step {step:,} of {steps:,}"
+        if self.steps_done > 1:
+            seconds = (now - self.began) / (self.steps_done - 1) * ahead
+            words += f", about {tqdm.format_interval(seconds)} left"
+        self.text.value = f"{words}."
+
+    def epoch_ended(self, history: pd.DataFrame) -> None:
+        """Show the curves; see `training.Watcher`."""
+        self._draw(history)
+
+    def _draw(self, history: pd.DataFrame) -> None:
+        self.picture.layout.display = "none" if history.empty else None
+        if history.empty:
+            return
+        title = f"{self.recipe.name}, {self.title}"
+        figure = figures.overlaid_curves({title: history}, title, self.recipe.epochs)
+        self.picture.value = _drawn(figure)
+
+    def _stored(self) -> pd.DataFrame:
+        path = self.run_dir / "history.csv"
+        return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+    def _stop(self, _: widgets.Button) -> None:
+        self.stop.set()
+        self.button.disabled = True
+        self.button.description = "Stopping after this epoch"
+
+
+def _drawn(figure: Figure) -> bytes:
+    """A figure as PNG, for the screen: in no more time than it takes to draw it."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    return file.getvalue()
 
 
 def compose(

@@ -16,9 +16,11 @@ import json
 import math
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -67,21 +69,44 @@ class TrainingError(runs.RunError):
     """The loss is not finite, or no learning rate can be read from it."""
 
 
+class Watcher(Protocol):
+    """Who follows a run while it trains, and may stop it: `explorers.Training`.
+
+    Attributes:
+        stop: once it is set, training stops at the end of the epoch.
+    """
+
+    stop: threading.Event
+
+    def step_ended(self, epoch: int, step: int, steps: int) -> None:
+        """Called after each step, `step` of `steps` in the epoch; all of them count from 1."""
+
+    def epoch_ended(self, history: pd.DataFrame) -> None:
+        """Called with `runs.Run.history` after each epoch, whose checkpoint is then stored."""
+
+
 def train(
-    recipe: Recipe, run_dir: Path | None = None, *, dataset: data.Dataset | None = None
+    recipe: Recipe,
+    run_dir: Path | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    watcher: Watcher | None = None,
 ) -> runs.Run:
     """Train and test a recipe's network, or continue where an interrupted run stopped.
 
     If the run folder holds a file named `stop` at the end of an epoch, training ends there, and the
-    run is finished with the epochs that it has.
+    run is finished with the epochs that it has. If `watcher` asks for it, training is interrupted
+    there, and the same call continues the run.
 
     Args:
         recipe: every choice.
         run_dir: the run folder; by default `runs/<recipe.run_name>` in the repository. If it holds
             the finished run of this recipe, nothing is trained again.
         dataset: what `data.load(recipe.dataset)` gives, if it is at hand.
+        watcher: is told of every step and epoch; nothing is printed of them then.
 
     Raises:
+        KeyboardInterrupt: `watcher` stopped it before the run was finished.
         TrainingError: the loss is not finite.
         RunError: the folder belongs to another recipe or another process, the disk is full, or
             `dataset` is not the recipe's.
@@ -103,7 +128,7 @@ def train(
         model = models.build_for(recipe, precision)
         compile_model(model, recipe, steps=-(-len(splits.train) // recipe.batch_size))
         environment = backend.describe(precision) | {"data": dataset.digests}
-        recorder = Recorder(run_dir, recipe, environment)
+        recorder = Recorder(run_dir, recipe, environment, watcher)
         setup_seconds = time.perf_counter() - began
         recorder.fit(model, splits)
         _finish(run, model, splits, dataset, recorder, setup_seconds)
@@ -266,6 +291,7 @@ class Recorder(keras.callbacks.Callback):
         run_dir: the run folder.
         recipe: every choice.
         environment: what `backend.describe` gives, and the data's digests.
+        watcher: who follows it in place of the printed progress.
 
     Attributes:
         history: one dict an epoch, as in `runs.Run.history`.
@@ -274,9 +300,12 @@ class Recorder(keras.callbacks.Callback):
         weights_epoch: after `fit`, the epoch that the weights are of, from 1.
     """
 
-    def __init__(self, run_dir: Path, recipe: Recipe, environment: dict) -> None:
+    def __init__(
+        self, run_dir: Path, recipe: Recipe, environment: dict, watcher: Watcher | None = None
+    ) -> None:
         super().__init__()
         self.run_dir, self.recipe, self.environment = run_dir, recipe, environment
+        self.watcher = watcher
         self.checkpoint = run_dir / "checkpoint.npz"
         self.history: list[dict[str, float]] = []
         self.stopped: str | None = None
@@ -292,9 +321,14 @@ class Recorder(keras.callbacks.Callback):
         if not self._restored():
             models.adapt(model, splits.train.images)
         runs.write_json(self.run_dir / "environment.json", self.environment)
-        # Closed however training ends, or it is drawn again below what is then said.
-        with contextlib.closing(Progress(recipe.epochs, len(self.history))) as progress:
-            callbacks = [self, progress]
+        with contextlib.ExitStack() as stack:
+            if self.watcher:
+                callbacks = [self, Watched(self, self.watcher)]
+            else:
+                progress = Progress(recipe.epochs, len(self.history))
+                # Closed however training ends, or it is drawn again below what is then said.
+                stack.callback(progress.close)
+                callbacks = [self, progress]
             if recipe.weight_averaging:
                 callbacks = [WeightAveraging(), *callbacks]
             if self.early_stopping:
@@ -422,6 +456,27 @@ class Recorder(keras.callbacks.Callback):
                 + "; ".join(differences)
             )
         return True
+
+
+class Watched(keras.callbacks.Callback):
+    """Tells a watcher of steps and epochs, and stops training where the watcher asks for it.
+
+    It follows `recorder`, which stores the epoch: the run is then as after Ctrl-C, and goes on in
+    the same way. A run that ends with this epoch is not stopped.
+    """
+
+    def __init__(self, recorder: Recorder, watcher: Watcher) -> None:
+        super().__init__()
+        self.recorder, self.watcher = recorder, watcher
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.watcher.step_ended(self.recorder.epoch + 1, batch + 1, self.params["steps"])
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self.watcher.epoch_ended(pd.DataFrame(self.recorder.history))
+        ends = self.recorder.stopped or epoch + 1 == self.recorder.recipe.epochs
+        if self.watcher.stop.is_set() and not ends:
+            raise KeyboardInterrupt(f"stopped after epoch {epoch + 1}")
 
 
 class Progress(keras.callbacks.Callback):
