@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -199,6 +199,25 @@ def _elu_gradient():
         return tf.cast(tf.cast(upstream, tf.float32) * slope, outputs.dtype)
 
     return gradient
+
+
+def gradient(function: Callable, inputs):
+    """The gradient of the sum of `function(inputs)` by `inputs`, of their shape."""
+    if on_tensorflow():
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = function(inputs)
+        return tape.gradient(outputs, inputs)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.grad(lambda inputs: function(inputs).sum())(inputs)
+    import torch
+
+    inputs = inputs.detach().requires_grad_()
+    return torch.autograd.grad(function(inputs).sum(), inputs)[0]
 
 
 def resolve_precision(precision: str) -> str:

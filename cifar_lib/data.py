@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import platformdirs
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cifar_lib.recipes import PROTOCOLS
 
@@ -693,17 +693,27 @@ def _draw_synthetic() -> tuple[dict[str, np.ndarray], dict]:
     return arrays, names
 
 
-def read_image(path: Path | str) -> np.ndarray:
-    """Read a picture file of any size, colour mode and orientation as a CIFAR-sized image.
+def read_image(
+    source: Path | str | bytes, *, name: str | None = None, side: int = IMAGE_SHAPE[0]
+) -> np.ndarray:
+    """Read a picture of any format, size, colour mode and orientation as a CIFAR-sized image.
 
-    The largest square in its middle is scaled to 32 x 32; what is transparent becomes white.
-    Returns (32, 32, 3) uint8. Raises DataError if the file is not there or is no picture.
+    The largest square in its middle is scaled to 32 x 32, or `side` x `side`; what is transparent
+    becomes white. `source` is a file or its content, which errors then call `name`.
+    Returns (side, side, 3) uint8. Raises DataError if the file is not there or is no picture.
     """
+    content = isinstance(source, bytes)
+    name = name or ("The picture" if content else str(source))
     try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        with Image.open(io.BytesIO(source) if content else source) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):
+                # 16 bits a pixel, which Pillow would cut off at 255.
+                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} cannot be read as a picture: its format is unknown.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+        raise DataError(f"{name} cannot be read as a picture: {error}") from error
     opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    size = IMAGE_SHAPE[:2]
-    return np.asarray(ImageOps.fit(opaque.convert("RGB"), size, Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(opaque.convert("RGB"), (side, side), Image.Resampling.LANCZOS))

@@ -42,6 +42,68 @@ def average_with_mirrored(
     return (probabilities + predict(model, mirrored)) / 2
 
 
+class GradCam:
+    """Where in a picture a network sees a class.
+
+    Selvaraju et al. 2017, "Grad-CAM: visual explanations from deep networks via gradient-based
+    localization", arXiv 1610.02391, section 3: the last convolutional feature map, summed over its
+    channels, each with the mean of its gradient as its weight; what is negative becomes zero. The
+    gradient is that of the class's logit. The map is taken after what follows the convolution at
+    its resolution: normalisation, activation, the sum with a shortcut.
+
+    Args:
+        model: a network whose last layer gives probabilities by softmax, or else the scores.
+
+    Raises:
+        ValueError: it has no convolution.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        from cifar_lib.backend import keras
+
+        convolutions = [
+            number
+            for number, layer in enumerate(model.layers)
+            if isinstance(layer, keras.layers.Conv2D)
+        ]
+        if not convolutions:
+            raise ValueError(f"{model.name} has no Conv2D layer, whose map Grad-CAM weights")
+        for layer in model.layers[convolutions[-1] :]:
+            if len(layer.output.shape) != 4 or "pool_size" in layer.get_config():
+                break
+            features = layer.output
+        last = model.layers[-1]
+        logits = last.output
+        if isinstance(last, keras.layers.Softmax):
+            logits = last.input
+        elif getattr(last, "activation", None) is keras.activations.softmax:
+            linear = type(last).from_config(last.get_config() | {"activation": None})
+            logits = linear(last.input)
+            linear.set_weights(last.get_weights())
+        self._features = keras.Model(model.inputs, features)
+        self._logits = keras.Model(features, logits)
+
+    def __call__(self, image: np.ndarray, label: int) -> np.ndarray:
+        """The map of an image, uint8 (32, 32, 3), for a class: (h, w) float32, none below 0.
+
+        Of the resolution of the network's last feature map, and in units of the logit a position.
+        """
+        from cifar_lib import backend
+        from cifar_lib.augmentation import scale
+
+        ops = backend.keras.ops
+        features = self._features(ops.convert_to_tensor(scale(image[None])), training=False)
+
+        def logit(features):
+            return self._logits(features, training=False)[:, label]
+
+        def array(tensor) -> np.ndarray:
+            return ops.convert_to_numpy(ops.cast(tensor, "float32"))[0]
+
+        weights = array(backend.gradient(logit, features)).mean(axis=(0, 1))
+        return np.maximum(array(features) @ weights, 0)
+
+
 def evaluate(
     probabilities: np.ndarray, labels: np.ndarray, superclass_of: np.ndarray
 ) -> dict[str, float]:

@@ -9,7 +9,9 @@ training that it shows.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
+import html
 import io
 import textwrap
 import threading
@@ -17,9 +19,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
+import itables
 import numpy as np
 import pandas as pd
 from IPython import display
@@ -32,10 +35,13 @@ from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 import cifar_lib
-from cifar_lib import figures
-from cifar_lib.data import Dataset, display_name
+from cifar_lib import data, evaluation, figures, runs
+from cifar_lib.data import DataError, Dataset, display_name
 from cifar_lib.figures import RIGHT, WRONG
 from cifar_lib.recipes import Recipe
+
+if TYPE_CHECKING:
+    import keras
 
 HINT = "Open this notebook with `make lab` to choose for yourself what is shown."
 DRAWS = 12
@@ -63,11 +69,19 @@ _LARGE, _SMALL = 3, 2
 
 @dataclass(frozen=True)
 class View:
-    """A line of text, a picture as PNG, empty where nothing fits, and how many pages there are."""
+    """What is shown: a line of text, a picture and a table, and how many pages there are.
+
+    Attributes:
+        text: HTML.
+        png: empty where nothing fits.
+        pages: of the pictures that fit.
+        table: stands between the text and the picture.
+    """
 
     text: str
     png: bytes = b""
     pages: int = 1
+    table: pd.DataFrame | None = None
 
 
 class Explorer(abc.ABC):
@@ -106,6 +120,10 @@ class Explorer(abc.ABC):
         return widgets.HTML()
 
     @functools.cached_property
+    def table(self) -> widgets.HTML:
+        return widgets.HTML()
+
+    @functools.cached_property
     def picture(self) -> widgets.Image:
         return _picture()
 
@@ -115,7 +133,7 @@ class Explorer(abc.ABC):
         flow = widgets.Layout(flex_flow="row wrap")
         box = widgets.HBox([*self.controls.values()], layout=flow)
         self._update()
-        return widgets.VBox([box, self.text, self.picture, *self.more()])
+        return widgets.VBox([box, self.text, self.table, self.picture, *self.more()])
 
     def _ipython_display_(self) -> None:
         if cifar_lib.started_by_jupyter():
@@ -123,6 +141,8 @@ class Explorer(abc.ABC):
             return
         view = self.view(**self.initial)
         display.display(display.Markdown(f"{view.text} {HINT}"))
+        if view.table is not None:
+            display.display(view.table)
         if view.png:
             display.display(display.Image(view.png))
 
@@ -136,6 +156,7 @@ class Explorer(abc.ABC):
     def _update(self) -> None:
         view = self.view(**{name: control.value for name, control in self.controls.items()})
         self.text.value, self.picture.value = view.text, view.png
+        self.table.value = "" if view.table is None else view.table.to_html(border=0)
         self.picture.layout.display = None if view.png else "none"
         if "page" in self.controls:
             self.controls["page"].max = view.pages
@@ -606,10 +627,217 @@ class Training:
         self.button.description = "Stopping after this epoch"
 
 
-def _drawn(figure: Figure) -> bytes:
+@dataclass(frozen=True)
+class _Answer:
+    """A picture as the network saw it and larger, and the probabilities of its classes."""
+
+    name: str
+    seen: np.ndarray
+    large: np.ndarray
+    probabilities: np.ndarray
+
+
+class OwnPicture(Explorer):
+    """What a network says of a picture of yours, and what it looked at: `evaluation.GradCam`.
+
+    The drop-down has the five likeliest classes, whose maps are laid over the picture as the
+    network saw it and over the picture itself. Begins with `picture`.
+
+    Args:
+        model: the network.
+        fine_names: its classes.
+        title: of the pictures.
+        picture: a picture file, or an image, uint8 (32, 32, 3).
+        name: what it is called; by default as the file.
+    """
+
+    side = 192
+
+    def __init__(
+        self,
+        model: keras.Model,
+        fine_names: Sequence[str],
+        title: str,
+        picture: Path | str | np.ndarray,
+        name: str = "",
+    ) -> None:
+        self.model, self.title = model, title
+        self.names = [display_name(name) for name in fine_names]
+        self.grad_cam = evaluation.GradCam(model)
+        if isinstance(picture, np.ndarray):
+            times = self.side // len(picture)
+            large = picture.repeat(times, axis=0).repeat(times, axis=1)
+            self.first = self._answered(name, picture, large)
+        else:
+            self.first = self._read(picture, name or Path(picture).name)
+        self.initial = {"upload": (), "rank": 0}
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        return {
+            "upload": widgets.FileUpload(accept="image/*", description="Your picture"),
+            "rank": widgets.Dropdown(options=self._options(self.first), description="class"),
+        }
+
+    def view(self, upload: Sequence[Mapping[str, Any]], rank: int) -> View:
+        try:
+            answer = self.answer(upload)
+        except DataError as error:
+            return View(html.escape(str(error)))
+        label = int(_likeliest(answer.probabilities)[rank])
+        heat = self.grad_cam(answer.seen, label)
+        pictures = [answer.seen, overlaid(answer.seen, heat, self.side)]
+        pictures = [np.asarray(_resized(picture, self.side)) for picture in pictures]
+        pictures.append(overlaid(answer.large, heat, self.side))
+        name = self.names[label]
+        seen = "x".join(map(str, answer.seen.shape[:2]))
+        captions = [f"what the network saw, {seen} pixels", "the map over it", "over the picture"]
+        heading = f"Where it sees {name} (Grad-CAM): the brighter, the more"
+        maps = compose(np.stack(pictures), heading, captions, columns=3, scale=1)
+        card = figures.prediction_cards(
+            answer.seen[None], [None], answer.probabilities[None], self.names, self.title
+        )
+        best = self.names[int(answer.probabilities.argmax())]
+        text = f"{html.escape(answer.name)}: {best}, {answer.probabilities.max():.0%} sure."
+        return View(text, _png([Image.open(io.BytesIO(_drawn(card, 150))).convert("RGB"), maps]))
+
+    def answer(self, upload: Sequence[Mapping[str, Any]]) -> _Answer:
+        """What the network says of an uploaded file, or, of none, of the first picture.
+
+        Raises:
+            DataError: the file is no picture.
+        """
+        if not upload:
+            return self.first
+        [file] = upload
+        if self._last is None or self._last[0] is not file:
+            self._last = file, self._read(bytes(file["content"]), file["name"])
+        return self._last[1]
+
+    _last: tuple[Mapping[str, Any], _Answer] | None = None
+
+    def _read(self, source: Path | str | bytes, name: str) -> _Answer:
+        seen, large = (data.read_image(source, name=name, side=side) for side in (32, self.side))
+        return self._answered(name, seen, large)
+
+    def _answered(self, name: str, seen: np.ndarray, large: np.ndarray) -> _Answer:
+        [probabilities] = evaluation.predict(self.model, seen[None])
+        return _Answer(name, seen, large, probabilities)
+
+    def _options(self, answer: _Answer) -> list[tuple[str, int]]:
+        return [
+            (f"{self.names[label]} ({answer.probabilities[label]:.1%})", rank)
+            for rank, label in enumerate(_likeliest(answer.probabilities))
+        ]
+
+    def _changed(self, change: Mapping[str, Any]) -> None:
+        if change["owner"] is self.controls["upload"]:
+            self._offer(self.controls["rank"])
+        super()._changed(change)
+
+    def _offer(self, control: widgets.Dropdown) -> None:
+        try:
+            options = self._options(self.answer(self.controls["upload"].value))
+        except DataError:
+            control.disabled = True
+            return
+        # Other options set the value, too; the picture is drawn once, after this.
+        control.unobserve(self._changed, "value")
+        control.options, control.value, control.disabled = options, 0, False
+        control.observe(self._changed, "value")
+
+
+def _likeliest(probabilities: np.ndarray) -> np.ndarray:
+    return np.argsort(-probabilities, kind="stable")[:5]
+
+
+def overlaid(image: np.ndarray, heat: np.ndarray, side: int) -> np.ndarray:
+    """An image, uint8 (H, W, 3), under a map, scaled to its highest value, as (side, side, 3)."""
+    share = Image.fromarray((heat / (heat.max() or 1)).astype(np.float32))
+    share = np.asarray(share.resize((side, side), Image.Resampling.BILINEAR)).clip(0, 1)
+    colors = colormaps["inferno"](share)[..., :3] * 255
+    under = np.asarray(_resized(image, side))
+    return (0.45 * under + 0.55 * colors).round().astype(np.uint8)
+
+
+def _resized(image: np.ndarray, side: int) -> Image.Image:
+    return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+
+
+class Runs(Explorer):
+    """The curves of runs in the same panels, the choices in which they differ, and their numbers.
+
+    Below them the numbers of all finished runs on the data set, in a table that sorts by any
+    column; where nobody can sort it, those of the runs shown.
+
+    Args:
+        runs_dir: the folder of the run folders.
+        shown: names of the runs to begin with.
+        dataset: the data set.
+    """
+
+    def __init__(self, runs_dir: Path, shown: Sequence[str], dataset: Dataset) -> None:
+        self.title = f"Training on {dataset.title}"
+        self.runs = {
+            run.name: run
+            for run in runs.find(runs_dir)
+            if run.finished and run.recipe.dataset == dataset.name
+        }
+        self.initial = {"names": tuple(shown)}
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        rows = min(len(self.runs), 10)
+        return {
+            "names": widgets.SelectMultiple(options=[*self.runs], rows=rows, description="runs")
+        }
+
+    def view(self, names: Sequence[str]) -> View:
+        if not names:
+            return View("No run is chosen. Choose one, or several with Ctrl or Shift.")
+        figure = figures.overlaid_curves(
+            {name: self.runs[name].history for name in names}, self.title
+        )
+        table = self.differences(names)
+        if len(names) == 1:
+            return View(f"The run {names[0]}.", _drawn(figure))
+        if table.empty:
+            return View(f"{len(names)} runs, whose recipes are the same.", _drawn(figure))
+        return View(f"{len(names)} runs. Their recipes differ in:", _drawn(figure), table=table)
+
+    def differences(self, names: Sequence[str]) -> pd.DataFrame:
+        """The fields in which the recipes of runs differ, a row each, and a column for each run."""
+        recipes = {name: dataclasses.asdict(self.runs[name].recipe) for name in names}
+        choices = pd.DataFrame({name: pd.Series(recipe) for name, recipe in recipes.items()})
+        return choices.map(str)[choices.map(str).nunique(axis=1) > 1]
+
+    def numbers(self, names: Sequence[str]) -> pd.DataFrame:
+        """What finished runs reached, a row each: accuracies and losses as in `Run.metrics`."""
+        rows = []
+        for name in names:
+            run = self.runs[name]
+            row = {"run": name, "protocol": run.recipe.protocol, "epochs": len(run.history)}
+            row["minutes"] = round(run.metrics["train_seconds"] / 60, 1)
+            row["parameters"] = run.metrics["parameters"]
+            for split in ("validation", "test"):
+                for metric in ("accuracy", "loss", "top5_accuracy", "expected_calibration_error"):
+                    value = run.metrics.get(split, {}).get(metric, np.nan)
+                    row[f"{split} {metric.replace('_', ' ')}"] = round(value, 4)
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("run").dropna(axis="columns", how="all")
+
+    def _ipython_display_(self) -> None:
+        super()._ipython_display_()
+        if not cifar_lib.started_by_jupyter():
+            display.display(self.numbers(self.initial["names"]))
+            return
+        # Its code comes along, so that no network is needed; other tables stay as they are.
+        itables.init_notebook_mode(all_interactive=False, connected=False)
+        itables.show(self.numbers([*self.runs]), connected=False, classes="display compact nowrap")
+
+
+def _drawn(figure: Figure, dpi: int = 100) -> bytes:
     """A figure as PNG, for the screen: in no more time than it takes to draw it."""
     file = io.BytesIO()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=dpi)
     return file.getvalue()
 
 
@@ -672,9 +900,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _png(parts: Sequence[Image.Image]) -> bytes:
-    """One picture of equally wide parts, one above the other."""
-    size = parts[0].width, sum(part.height for part in parts)
-    whole, top = Image.new("RGB", size), 0
+    """One picture of parts, one above the other."""
+    size = max(part.width for part in parts), sum(part.height for part in parts)
+    whole, top = Image.new("RGB", size, "white"), 0
     for part in parts:
         whole.paste(part, (0, top))
         top += part.height
