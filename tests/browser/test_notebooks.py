@@ -212,6 +212,12 @@ def test_04_train_is_stopped_and_continued(open_notebook):
 
 def test_05_results(run_notebook, trained):
     with run_notebook("05_results") as notebook:
+        runs = notebook.control("select-multiple", "runs").locator("select")
+        runs.select_option([])
+        expect(notebook.page.get_by_text("No run is chosen.")).to_be_visible()
+        runs.select_option(index=0)
+        expect(notebook.page.get_by_text(re.compile("^The run quick-"))).to_be_visible()
+        expect(notebook.page.locator("table.dataTable")).to_contain_text("validation accuracy")
         panel = notebook.page.locator(".jp-OutputArea-output").filter(
             has=notebook.page.locator(".widget-gridbox")
         )
@@ -237,9 +243,9 @@ def test_06_predictions(run_notebook, trained, tmp_path):
                 button.click()
             chooser.value.set_files(path)
 
-        upload(picture)
-        expect(panel.locator("img").last).to_be_visible()
-        expect(panel).to_contain_text(picture.name)
+        with notebook.another_picture(panel):
+            upload(picture)
+        expect(panel).to_contain_text(f"{picture.name}: ")
         upload(text)
         expect(panel).to_contain_text(text.name)
 
