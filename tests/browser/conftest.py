@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from cifar_lib import ROOT
 
@@ -31,6 +31,7 @@ ARGUMENTS = (
 )
 # A slow machine is no fault: what does not come after this long will not come.
 PATIENCE = 180
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="session")

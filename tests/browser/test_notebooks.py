@@ -157,7 +157,7 @@ def run_notebook(
 @pytest.fixture(scope="module")
 def trained(run_notebook: Callable[..., AbstractContextManager[Notebook]]) -> None:
     """A run of the stand-in, trained by `04_train`."""
-    small = {"train_size": 500, "validation_size": 100, "test_size": 200, "epochs": 2}
+    small = {"train_size": 200, "validation_size": 100, "test_size": 200, "epochs": 2}
     with run_notebook("04_train", recipe="quick", dataset="synthetic", **small):
         pass
 
@@ -191,7 +191,7 @@ def test_04_train(trained):
 
 
 def test_04_train_is_stopped_and_continued(open_notebook):
-    long = {"train_size": 2_000, "validation_size": 0, "test_size": 200, "epochs": 8}
+    long = {"train_size": 400, "test_size": 100, "epochs": 3}
     chosen = {"recipe": "quick", "dataset": "synthetic", "protocol": "final", **long}
     with open_notebook("04_train", "stopped", **chosen, run_name="stopped") as notebook:
         training = notebook.page.locator(".jp-CodeCell").filter(has_text="training.train(")
@@ -212,6 +212,12 @@ def test_04_train_is_stopped_and_continued(open_notebook):
 
 def test_05_results(run_notebook, trained):
     with run_notebook("05_results") as notebook:
+        runs = notebook.control("select-multiple", "runs").locator("select")
+        runs.select_option([])
+        expect(notebook.page.get_by_text("No run is chosen.")).to_be_visible()
+        runs.select_option(index=0)
+        expect(notebook.page.get_by_text(re.compile("^The run quick-"))).to_be_visible()
+        expect(notebook.page.locator("table.dataTable")).to_contain_text("validation accuracy")
         panel = notebook.page.locator(".jp-OutputArea-output").filter(
             has=notebook.page.locator(".widget-gridbox")
         )
@@ -237,9 +243,9 @@ def test_06_predictions(run_notebook, trained, tmp_path):
                 button.click()
             chooser.value.set_files(path)
 
-        upload(picture)
-        expect(panel.locator("img").last).to_be_visible()
-        expect(panel).to_contain_text(picture.name)
+        with notebook.another_picture(panel):
+            upload(picture)
+        expect(panel).to_contain_text(f"{picture.name}: ")
         upload(text)
         expect(panel).to_contain_text(text.name)
 

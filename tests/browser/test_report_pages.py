@@ -33,7 +33,7 @@ def small_report(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The report on a run of the stand-in, made by the command line."""
     folder = tmp_path_factory.mktemp("small-report")
     runs, out = folder / "runs", folder / "report"
-    small = ["--train-size=500", "--validation-size=100", "--test-size=200", "--epochs=2"]
+    small = ["--train-size=200", "--validation-size=100", "--test-size=200", "--epochs=2"]
     for command in (
         ["train", "quick", "--dataset=synthetic", *small, f"--runs-dir={runs}"],
         ["report", f"--runs-dir={runs}", f"--out={out}"],
