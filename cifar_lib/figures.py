@@ -116,7 +116,8 @@ def overlaid_curves(
     Raises ValueError if there is no run or a run has no epoch.
     """
     _check_histories(histories)
-    handles, columns = _overlay_handles(list(histories))
+    validated = any("val_accuracy" in history for history in histories.values())
+    handles, columns = _overlay_handles(list(histories), validated)
     legend = 0.22 * -(-len(handles) // columns)
     figure = _figure(9, 3.3 + legend)
     panels = figure.subplots(1, 2)
@@ -151,13 +152,14 @@ def _overlay_colors(runs: int) -> list[tuple[Any, Any]]:
     return [(color, color) for color in palette[:runs]]
 
 
-def _overlay_handles(labels: list[str]) -> tuple[list[Line2D], int]:
+def _overlay_handles(labels: list[str], validated: bool) -> tuple[list[Line2D], int]:
     """What the legend explains, and in how many columns."""
     colors = _overlay_colors(len(labels))
+    kinds = {"training": "--", "validation": "-"} if validated else {"training": "--"}
     grey = colors[0] if len(labels) == 1 else ("0.3", "0.3")
     handles = [
         Line2D([], [], color=color, linestyle=line, label=label)
-        for color, line, label in zip(grey, ("--", "-"), ("training", "validation"), strict=True)
+        for color, (label, line) in zip(grey, kinds.items(), strict=False)
     ]
     if len(labels) == 1:
         return handles, 2

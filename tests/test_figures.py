@@ -105,6 +105,8 @@ def test_overlaid_curves_give_each_run_its_colour_in_the_same_panels():
     [accuracy, _] = figures.overlaid_curves({"run": history(3)}, "CIFAR-100", 12).axes
     assert lines(accuracy, figures.TRAINING) and lines(accuracy, figures.VALIDATION)
     assert accuracy.get_xlim()[1] >= 12
+    [legend] = figures.overlaid_curves({"run": history(3, False)}, "CIFAR-100").legends
+    assert texts(legend) == ["training"]
     with pytest.raises(ValueError, match="'killed'"):
         figures.overlaid_curves({"killed": history(0)}, "CIFAR-100")
 
