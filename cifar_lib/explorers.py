@@ -156,10 +156,15 @@ class Explorer(abc.ABC):
     def _update(self) -> None:
         view = self.view(**{name: control.value for name, control in self.controls.items()})
         self.text.value, self.picture.value = view.text, view.png
-        self.table.value = "" if view.table is None else view.table.to_html(border=0)
+        self.table.value = "" if view.table is None else _html(view.table)
         self.picture.layout.display = None if view.png else "none"
         if "page" in self.controls:
             self.controls["page"].max = view.pages
+
+
+def _html(table: pd.DataFrame) -> str:
+    # JupyterLab gives tables of this class the look of those in its outputs.
+    return f'<div class="jp-RenderedHTMLCommon">{table.to_html(border=0)}</div>'
 
 
 def _picture() -> widgets.Image:
@@ -574,6 +579,9 @@ class Training:
             return None
         self.began, self.shown, self.steps_done = time.perf_counter(), 0.0, 0
         display.display(self.panel)
+        # ipykernel 7.4 handles a message in the shell through which its widget spoke last: here the
+        # one that trains. Forgetting that leaves it to JupyterLab, which names a subshell.
+        vars(self.button.comm).pop("_reply_subshell_id", None)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -584,9 +592,8 @@ class Training:
         done, epochs = len(self._stored()), self.recipe.epochs
         self.text.value = f"Trained for {done} of {epochs} epochs."
         if isinstance(error, KeyboardInterrupt):
-            stopped = StoppedError(done, epochs)
-            self.text.value = str(stopped)
-            raise stopped from None
+            self.text.value = ""  # the error says it
+            raise StoppedError(done, epochs) from None
 
     def step_ended(self, epoch: int, step: int, steps: int) -> None:
         """Show how far the epoch is; see `training.Watcher`."""
@@ -790,6 +797,11 @@ class Runs(Explorer):
             "names": widgets.SelectMultiple(options=[*self.runs], rows=rows, description="runs")
         }
 
+    def more(self) -> list[widgets.Widget]:
+        # Names of run folders are long.
+        self.controls["names"].layout.width = "46em"
+        return []
+
     def view(self, names: Sequence[str]) -> View:
         if not names:
             return View("No run is chosen. Choose one, or several with Ctrl or Shift.")
@@ -817,7 +829,7 @@ class Runs(Explorer):
             row = {"run": name, "protocol": run.recipe.protocol, "epochs": len(run.history)}
             row["minutes"] = round(run.metrics["train_seconds"] / 60, 1)
             row["parameters"] = run.metrics["parameters"]
-            for split in ("validation", "test"):
+            for split in ("test", "validation"):
                 for metric in ("accuracy", "loss", "top5_accuracy", "expected_calibration_error"):
                     value = run.metrics.get(split, {}).get(metric, np.nan)
                     row[f"{split} {metric.replace('_', ' ')}"] = round(value, 4)
@@ -831,7 +843,12 @@ class Runs(Explorer):
             return
         # Its code comes along, so that no network is needed; other tables stay as they are.
         itables.init_notebook_mode(all_interactive=False, connected=False)
-        itables.show(self.numbers([*self.runs]), connected=False, classes="display compact nowrap")
+        itables.show(
+            self.numbers([*self.runs]).reset_index(),
+            connected=False,
+            showIndex=False,
+            classes="display compact nowrap",
+        )
 
 
 def _drawn(figure: Figure, dpi: int = 100) -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cifar_lib import ROOT, data
 
@@ -626,3 +627,22 @@ def test_stand_in_can_be_learnt_from_texture_alone(synthetic: data.Dataset) -> N
         return np.log(spectrum[:, :, :17] + mirrored + 0.5).reshape(len(images), -1)
 
     assert ridge_accuracy(synthetic, log_spectrum, 5_000) >= 0.6
+
+
+def test_a_picture_may_be_read_from_its_content(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    np.testing.assert_array_equal(data.read_image(path.read_bytes()), data.read_image(path))
+    assert data.read_image(path, side=64).shape == (64, 64, 3)
+    for content in (b"no picture", path.read_bytes()[:100], b""):
+        with pytest.raises(data.DataError, match=r"^cat\.jpg cannot be read as a picture: \w"):
+            data.read_image(content, name="cat.jpg")
+
+
+def test_a_picture_of_16_bits_has_its_shades(tmp_path):
+    shades = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    path = tmp_path / "deep.png"
+    Image.fromarray(shades).save(path)
+    expected = (shades / 65535 * 255)[..., None].repeat(3, axis=-1)
+    np.testing.assert_allclose(data.read_image(path), expected, atol=1)

@@ -1,3 +1,8 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
-from cifar_lib import evaluation
+from cifar_lib import ROOT, evaluation
 
 CLASSES = 100
 SUPERCLASS_OF = np.arange(CLASSES) % 20
@@ -288,3 +293,117 @@ def test_sizes_that_do_not_fit_are_named():
         evaluation.evaluate(GOOD, np.array([0, 1]), SUPERCLASS_OF[:99])
     with pytest.raises(ValueError, match="bins is 0"):
         evaluation.reliability(GOOD, np.array([0, 1]), bins=0)
+
+
+def network(*head, filters=1):
+    """A convolution of single pixels, whose filter k is 1 on colour k, and what follows it."""
+    import keras
+
+    inputs = keras.Input((32, 32, 3))
+    maps = keras.layers.Conv2D(filters, 1, activation="relu", name="last")(inputs)
+    outputs = maps
+    for layer in head:
+        outputs = layer(outputs)
+    model = keras.Model(inputs, outputs)
+    model.get_layer("last").set_weights([np.eye(3)[None, None, :, :filters], np.zeros(filters)])
+    return model
+
+
+def test_grad_cam_finds_the_corner_that_decides():
+    import keras
+
+    model = network(keras.layers.Flatten(), keras.layers.Dense(2, "softmax"), filters=2)
+    kernel = np.zeros((32, 32, 2, 2), np.float32)
+    kernel[:8, :8, 0, 0] = 1  # class 0: red at the upper left
+    kernel[24:, 24:, 1, 1] = 1  # class 1: green at the lower right
+    model.layers[-1].set_weights([kernel.reshape(-1, 2), np.zeros(2)])
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:8, :8, 0] = image[24:, 24:, 1] = 200
+    grad_cam = evaluation.GradCam(model)
+    for label, corner in enumerate([np.s_[:8, :8], np.s_[24:, 24:]]):
+        heat = grad_cam(image, label)
+        inside = np.zeros((32, 32), bool)
+        inside[corner] = True
+        assert heat[inside].min() > 0
+        assert (heat[~inside] == 0).all()
+
+
+def test_the_map_does_not_fade_where_the_network_is_sure():
+    # The gradient is that of the logit: the probability's own vanishes.
+    import keras
+
+    model = network(keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2, "softmax"))
+    model.layers[-1].set_weights([np.array([[1e4, -1e4]]), np.zeros(2)])
+    image = np.full((32, 32, 3), 200, np.uint8)
+    assert evaluation.predict(model, image[None])[0, 0] == 1
+    assert evaluation.GradCam(model)(image, 0).min() > 1
+
+
+CAM = """
+import sys
+import numpy as np
+from cifar_lib import evaluation, models
+from cifar_lib.backend import keras
+
+model = models.build("wide_resnet", num_classes=3, side=16)
+image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+pooling = next(n for n, l in enumerate(model.layers) if "Pooling" in type(l).__name__)
+features = keras.Model(model.inputs, model.layers[pooling].input)
+maps = keras.ops.convert_to_numpy(features(image[None].astype(np.float32) / 255))[0]
+[kernel] = next(l for l in model.layers if type(l).__name__ == "Dense").get_weights()
+# Zhou et al. 2016, arXiv 1512.04150, equation 2, at each of the positions that are averaged.
+cam = maps @ kernel / maps[..., 0].size
+grad_cam = evaluation.GradCam(model)
+for label in range(3):
+    np.testing.assert_allclose(
+        grad_cam(image, label), cam[..., label].clip(0), rtol=1e-3, atol=1e-6
+    )
+print(keras.backend.backend(), maps.shape)
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_grad_cam_after_global_average_pooling_is_cam(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", CAM], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == f"{backend} (4, 4, 640)"
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "shape"),
+    [
+        ("seed", 32, (2, 2)),
+        ("airbench", 32, (3, 3)),
+        ("airbench", 24, (2, 2)),
+        ("speedrun", 32, (3, 3)),
+        ("speedrun", 24, (2, 2)),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_network_has_a_map_for_each_class(name, side, shape, precision):
+    from cifar_lib import models
+
+    model = models.build(name, num_classes=4, side=side, precision=precision)
+    images = np.random.default_rng(0).integers(256, size=(9, 32, 32, 3), dtype=np.uint8)
+    models.adapt(model, images)
+    before = evaluation.predict(model, images)
+    grad_cam = evaluation.GradCam(model)
+    maps = np.stack([grad_cam(images[0], label) for label in range(4)])
+    assert maps.shape == (4, *shape) and maps.dtype == np.float32
+    assert np.isfinite(maps).all() and maps.min() >= 0 and maps.max() > 0
+    np.testing.assert_array_equal(evaluation.predict(model, images), before)
+
+
+def test_grad_cam_needs_a_convolution():
+    import keras
+
+    model = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(2)], name="flat"
+    )
+    with pytest.raises(ValueError, match="flat has no Conv2D"):
+        evaluation.GradCam(model)

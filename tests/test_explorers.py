@@ -1,13 +1,16 @@
+import datetime
 import io
+import re
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from cifar_lib import ROOT, explorers
+from cifar_lib import ROOT, evaluation, explorers, recipes, runs
 from cifar_lib.data import display_name
 
 IMAGES = 3000
@@ -254,6 +257,168 @@ def test_cval_fills_what_is_constant(augmentation):
     choose(augmentation, cval=255)
     choose(augmentation, cval=0)
     choose(augmentation, fill_mode="nearest")
+
+
+@pytest.fixture(scope="module")
+def own(synthetic):
+    """An explorer of pictures, of an untrained network."""
+    from cifar_lib import models
+
+    model = models.build("airbench", side=24)
+    models.adapt(model, synthetic.train.images[:100])
+    names = synthetic.fine_names
+    return opened(
+        explorers.OwnPicture(model, names, "stand-in", synthetic.test.images[0], "the first")
+    )
+
+
+def uploaded(content, name="cat.png"):
+    """What a browser sends."""
+    moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    file = {"name": name, "type": "image/png", "size": len(content), "last_modified": moment}
+    return ({**file, "content": memoryview(content)},)
+
+
+def encoded(image, mode="RGB", kind="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(image).resize((64, 64), Image.Resampling.NEAREST).convert(mode).save(
+        file, kind, **options
+    )
+    return file.getvalue()
+
+
+def test_an_uploaded_picture_is_classified_and_explained(own, synthetic):
+    from cifar_lib import data
+
+    assert shown(own, synthetic.test.images[:3], scale=6) == [0]
+    content = encoded(synthetic.test.images[1])
+    choose(own, upload=uploaded(content))
+    seen = data.read_image(content)
+    assert shown(own, np.stack([seen, synthetic.test.images[0]]), scale=6) == [0]
+    assert own.text.value.startswith("cat.png: ")
+    [probabilities] = evaluation.predict(own.model, seen[None])
+    best = np.argsort(-probabilities)[:5]
+    offered = [label for label, _ in own.controls["rank"].options]
+    names = [display_name(synthetic.fine_names[i]) for i in best]
+    assert offered == [
+        f"{name} ({probabilities[i]:.1%})" for name, i in zip(names, best, strict=True)
+    ]
+    assert names[0] in own.text.value
+    choose(own, rank=4)
+    assert shown(own, seen[None], scale=6) == [0]
+    choose(own, upload=uploaded(encoded(synthetic.test.images[2]), "dog.png"))
+    assert own.controls["rank"].value == 0
+    choose(own, upload=())
+    assert shown(own, synthetic.test.images[:3], scale=6) == [0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("P", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")],
+)
+def test_any_colour_mode_may_be_uploaded(own, synthetic, mode, kind):
+    choose(own, upload=uploaded(encoded(synthetic.test.images[1], mode, kind), f"{mode}.x"))
+    assert own.text.value.startswith(f"{mode}.x: ")
+    own.controls["upload"].value = ()
+
+
+def test_a_photograph_is_turned_as_its_camera_says(own):
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:32, :, 0] = 255  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    choose(own, upload=uploaded(encoded(image, exif=exif)))
+    seen = own.answer(own.controls["upload"].value).seen
+    assert seen[-1, 0, 0] == 255 and seen[0, 0, 0] == 0
+    own.controls["upload"].value = ()
+
+
+def test_what_is_no_picture_is_refused_in_the_panel(own, synthetic):
+    own.controls["upload"].value = uploaded(b"hello", "<b>notes.txt")
+    assert own.text.value.startswith("&lt;b&gt;notes.txt cannot be read as a picture")
+    assert own.picture.value == b"" and own.controls["rank"].disabled
+    choose(own, upload=uploaded(encoded(synthetic.test.images[1])))
+    assert not own.controls["rank"].disabled
+    own.controls["upload"].value = ()
+
+
+@pytest.fixture
+def three(tmp_path, synthetic):
+    """Three finished runs, one that is not, and one on other data."""
+    for number, (name, rate) in enumerate({"a": 1e-3, "b": 1e-4, "c": 1e-3}.items(), 1):
+        _finished(tmp_path / name, number, learning_rate=rate, dataset="synthetic")
+    _finished(tmp_path / "other", 1, dataset="cifar100")
+    with runs.opened(tmp_path / "open", recipes.get("seed", dataset="synthetic")):
+        pass
+    return opened(explorers.Runs(tmp_path, ["a", "b"], synthetic))
+
+
+def _finished(folder, number, **choices):
+    with runs.opened(folder, recipes.get("seed", **choices)):
+        epochs = np.arange(1, 4)
+        curves = {"accuracy": epochs / 10 / number, "loss": 4 / epochs / number}
+        pd.DataFrame({"epoch": epochs, **curves}).to_csv(folder / "history.csv", index=False)
+        test = {"accuracy": 0.1 * number, "loss": 4.0, "top5_accuracy": 0.5}
+        metrics = {"test": test, "train_seconds": 60 * number, "parameters": 7}
+        runs.write_json(folder / "metrics.json", metrics)
+
+
+def test_runs_are_chosen_among_the_finished_ones_on_the_data_set(three):
+    assert set(three.controls["names"].options) == {"a", "b", "c"}
+    assert three.controls["names"].value == ("a", "b")
+    choose(three, names=("a", "b", "c"))
+    choose(three, names=("c",))
+    assert three.table.value == ""
+    three.controls["names"].value = ()
+    assert three.text.value.startswith("No run is chosen")
+    assert three.picture.value == b""
+
+
+def test_only_the_choices_that_differ_are_compared(three):
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", three.table.value)
+    assert cells == ["", "a", "b", "learning_rate", "0.001", "0.0001"]
+    choose(three, names=("a", "c"))
+    assert "recipes are the same" in three.text.value and three.table.value == ""
+
+
+def test_the_numbers_of_runs_are_those_of_their_folders(three):
+    numbers = three.numbers(["a", "c"])
+    assert list(numbers["test accuracy"]) == pytest.approx([0.1, 0.3])
+    assert list(numbers["minutes"]) == [1, 3]
+    assert not [column for column in numbers if "validation" in column]
+
+
+def test_training_is_not_watched_where_nobody_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    recipe = recipes.get("quick")
+    with explorers.Training(recipe, tmp_path, "CIFAR-100") as watcher:
+        assert watcher is None
+    with pytest.raises(KeyboardInterrupt), explorers.Training(recipe, tmp_path, "CIFAR-100"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_interrupted_kernel_says_how_to_continue(done, tmp_path, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/04_train.ipynb")
+    if done:
+        history = {"epoch": [1, 2], "accuracy": [0.1, 0.2], "loss": [4.0, 3.0]}
+        pd.DataFrame(history).to_csv(tmp_path / "history.csv", index=False)
+    explorer = explorers.Training(recipes.get("quick", epochs=5), tmp_path, "CIFAR-100")
+    message = rf"^Stopped after epoch {done} of 5\. Run this cell again to continue\.$"
+    with pytest.raises(explorers.StoppedError, match=message), explorer:
+        assert bool(explorer.picture.value) == bool(done)  # what there is already
+        raise KeyboardInterrupt
+
+
+def test_progress_within_an_epoch_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/04_train.ipynb")
+    monkeypatch.setattr(explorers.Training, "seconds", 0)
+    with explorers.Training(recipes.get("quick", epochs=5), tmp_path, "CIFAR-100") as watcher:
+        for step in range(1, 31):
+            watcher.step_ended(2, step, 80)
+        assert (watcher.bar.value, watcher.bar.max) == (30, 80)
+        assert watcher.text.value.startswith("Epoch 2 of 5, step 30 of 80, about 00:0")
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -91,6 +91,24 @@ def test_training_curves_refuse_nothing():
         figures.training_curves({"killed": history(0)}, "CIFAR-100")
 
 
+def test_overlaid_curves_give_each_run_its_colour_in_the_same_panels():
+    histories = {"long": history(30), "short": history(9)}
+    figure = figures.overlaid_curves(histories, "CIFAR-100: runs")
+    assert len(figure.axes) == 2
+    for axes, metric in zip(figure.axes, ("accuracy", "loss"), strict=True):
+        colors = {line.get_color() for line in axes.get_lines()}
+        assert len(colors) == 2
+        drawn = {tuple(line.get_ydata()) for line in axes.get_lines()}
+        expected = [h[name] for h in histories.values() for name in (metric, f"val_{metric}")]
+        assert drawn == set(map(tuple, expected))
+    assert {"long", "short", "training", "validation"} <= set(texts(figure.legends[0]))
+    [accuracy, _] = figures.overlaid_curves({"run": history(3)}, "CIFAR-100", 12).axes
+    assert lines(accuracy, figures.TRAINING) and lines(accuracy, figures.VALIDATION)
+    assert accuracy.get_xlim()[1] >= 12
+    with pytest.raises(ValueError, match="'killed'"):
+        figures.overlaid_curves({"killed": history(0)}, "CIFAR-100")
+
+
 def range_table(losses):
     rates = np.geomspace(1e-6, 1, len(losses))
     smoothed = pd.Series(losses).ewm(alpha=0.02).mean()

@@ -24,7 +24,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cifar_lib import ROOT, augmentation, data, models, recipes, runs, training, workflows
+from cifar_lib import (
+    ROOT,
+    augmentation,
+    data,
+    explorers,
+    models,
+    recipes,
+    runs,
+    training,
+    workflows,
+)
 from cifar_lib.__main__ import main
 from cifar_lib.recipes import Recipe
 
@@ -286,6 +296,51 @@ def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_
     losses = whole.history["val_loss"]
     assert whole.metrics["weights_epoch"] == losses.argmin() + 1
     assert whole.metrics["validation"]["loss"] == pytest.approx(losses.min(), rel=1e-2)
+
+
+TINY = {"model": "airbench", "augmentation": "crop_flip", "precision": "float32", "batch_size": 16}
+
+
+def test_the_button_stops_after_the_epoch_and_the_same_cell_continues(
+    synthetic, tmp_path, monkeypatch, capsys
+):
+    recipe = recipes.get("seed", **SMALL | TINY)
+    folder = tmp_path / "stopped"
+
+    def cell(clicked: bool) -> runs.Run:
+        explorer = explorers.Training(recipe, folder, synthetic.title)
+        shown.append(explorer)
+        with explorer as watcher:
+            if clicked:
+                # As a person would: while the second step runs.
+                step_ended = watcher.step_ended
+                watcher.step_ended = lambda epoch, step, steps: (
+                    explorer.button.click() if step == 1 else step_ended(epoch, step, steps)
+                )
+            return training.train(recipe, folder, dataset=synthetic, watcher=watcher)
+
+    shown: list[explorers.Training] = []
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/04_train.ipynb")
+    for done in (1, 2):
+        message = f"Stopped after epoch {done} of 3. Run this cell again to continue."
+        with pytest.raises(explorers.StoppedError) as stopped:
+            cell(clicked=True)
+        # What IPython shows in place of a traceback.
+        assert stopped.value._render_traceback_() == [message]
+        assert shown[-1].button.disabled
+        assert shown[-1].button.description == "Stopping after this epoch"
+        assert shown[-1].picture.value.startswith(b"\x89PNG")
+        assert runs.load(folder).state == "interrupted"
+        assert epochs_stored(folder) == done
+    # Clicked within the last epoch, it has nothing left to stop.
+    run = cell(clicked=True)
+    assert shown[-1].text.value == "Trained for 3 of 3 epochs."
+    assert run.metrics["stopped"] is None
+    printed = capsys.readouterr().out
+    assert printed.count("Continuing") == 2 and "step/s" not in printed
+
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    assert_same(run, training.train(recipe, tmp_path / "whole", dataset=synthetic))
 
 
 AVERAGED = {

@@ -66,14 +66,19 @@ def test_every_notebook_becomes_a_page_that_names_the_stand_in(index, run):
         assert "Traceback" not in page, name
 
 
-@pytest.mark.parametrize("name", ["01_dataset", "02_augmentation", "05_results"])
-def test_an_explorer_is_a_picture_in_a_report(index, workplace, name):
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("01_dataset", 1), ("02_augmentation", 1), ("05_results", 2), ("06_predictions", 1)],
+)
+def test_an_explorer_is_a_picture_in_a_report(index, workplace, name, number):
     page = index.with_name(f"{name}.html").read_text("utf-8")
     assert explorers.HINT.partition("`")[0] in page
     assert "widget-view" not in page
     executed = nbformat.read(workplace / "executed" / f"{name}.ipynb", as_version=4)
-    (cell,) = [c for c in executed.cells if re.match(r"explorers\.[A-Z]", c.source)]
-    assert ["image/png" in output.data for output in cell.outputs] == [False, True]
+    cells = [c for c in executed.cells if re.search(r"^explorers\.[A-Z]", c.source, re.M)]
+    assert len(cells) == number
+    for cell in cells:
+        assert ["image/png" in output.data for output in cell.outputs][:2] == [False, True]
 
 
 def test_studies_on_another_data_set_are_left_out(index):
