@@ -23,7 +23,7 @@ export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser lab filter reference clean
+.PHONY: help setup demo report test test-browser lab filter reference clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ setup: $(VENV)/.ready ## Make .venv and install everything in it (3.4 GB of disk
 
 demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
+
+report: $(VENV)/.ready ## Make pages of all finished runs; only what changed is executed again
+	$(RUN) -m cifar_lib report $(ARGS)
 
 test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes on 2 cores)
 	$(RUN) -m ruff format --check .

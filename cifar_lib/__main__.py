@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_runs_dir(report)
     report.add_argument("--out", type=Path, help="by default the folder report beside the runs")
+    report.add_argument(
+        "--fresh",
+        action="store_true",
+        help="execute every notebook again, also those that would give the same",
+    )
 
     _add_runs_dir(add("runs", _runs, "list the runs"))
 
@@ -355,6 +360,7 @@ def _report(options: argparse.Namespace) -> None:
         output_dir=options.runs_dir / "figures",
         tables_dir=options.runs_dir / "tables",
         studies_dir=options.runs_dir / "studies",
+        fresh=options.fresh,
     )
     print(index)
 

@@ -6,18 +6,23 @@ papermill runs the notebooks; Sphinx with MyST-NB and the theme furo makes the p
 import base64
 import contextlib
 import copy
+import hashlib
 import html
 import io
 import json
 import logging
+import os
+import platform
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 import pandas as pd
@@ -25,9 +30,18 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from cifar_lib import ROOT
+from cifar_lib.runs import write_atomically
 
 KERNEL = "python3"
 STYLE = Path(__file__).with_suffix(".css")
+# A notebook may call any module of the library, and each of these packages shows in its results.
+CODE = Path(__file__).parent
+PACKAGES = (
+    *("keras", "tensorflow", "jax", "torch", "numpy", "scipy", "scikit-learn", "pandas"),
+    *("pillow", "matplotlib", "seaborn", "optuna", "ipython"),
+)
+# Where the metadata of an executed notebook say what it was made from and what it wrote.
+RECORD = "cifar_lib"
 # The list of what the last rendering wrote, so that the next one deletes nothing else.
 MANIFEST = ".files.json"
 # Pictures of the index, in pixels; the pages show the full ones.
@@ -39,6 +53,7 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
 # pandas names a styled table at random.
 STYLED_TABLE = re.compile(r'<table id="(?P<name>T_[0-9a-f]+)"')
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+RUNS_LINK = '<a href="numbers/runs.csv" download>Download the table as CSV</a>'
 # papermill puts cells with this tag before the title and before the cell that failed.
 ERROR_MARKER = "papermill-error-cell-tag"
 
@@ -63,8 +78,27 @@ SPHINX = {
     "html_show_copyright": False,
     "html_show_sphinx": False,
     "html_use_index": False,
-    "pygments_style": "friendly",
+    # The contrast of these is WCAG's AA and better.
+    "pygments_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+# Browsers import no module from a file that was opened from disk, but do import one from a blob.
+SORTABLE_SCRIPT = """\
+import(URL.createObjectURL(new Blob([%s], { type: "text/javascript" }))).then(
+  ({ default: DataTable }) => {
+    for (const table of document.querySelectorAll("table.sortable")) {
+      new DataTable(table, {
+        autoWidth: false,
+        info: false,
+        order: [],
+        paging: false,
+        searching: false,
+      });
+    }
+  },
+);
+"""
 
 
 class NotebookError(Exception):
@@ -85,6 +119,7 @@ class _Page:
     abstract: str
     picture: bytes | None
     failure: str | None
+    numbers: Mapping[str, Path]
 
 
 def execute(
@@ -133,6 +168,57 @@ def execute(
         raise NotebookError(f"{notebook} failed in {error}\nIts executed copy is {output}")
 
 
+def execute_if_changed(
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, Any],
+    *,
+    inputs: Iterable[Path] = (),
+    digests: Mapping[str, str] | None = None,
+    written_to: Iterable[Path] = (),
+    fresh: bool = False,
+) -> bool:
+    """Run a notebook, unless its executed copy is what another run would give.
+
+    It is run again if its last run failed, if it, a parameter, an input, this library or the
+    version of a package changed, or if a file that it wrote is gone or has changed since.
+
+    Args:
+        notebook: as in `execute`.
+        output: as in `execute`.
+        parameters: as in `execute`.
+        inputs: the files that it reads.
+        digests: SHA-256 of the data that it reads and whose files are not among the inputs.
+        written_to: the folders in which it writes; nothing else may write there meanwhile.
+        fresh: run it in any case.
+
+    Returns:
+        whether it was run.
+
+    Raises:
+        NotebookError: as in `execute`.
+    """
+    fingerprint = _fingerprint(notebook, parameters, inputs, digests or {})
+    if not fresh and _is_current(output, fingerprint):
+        return False
+    before = _stamps(written_to)
+    execute(notebook, output, parameters)
+    files = [path for path, stamp in _stamps(written_to).items() if before.get(path) != stamp]
+    executed = nbformat.read(output, as_version=4)
+    executed.metadata[RECORD] = {
+        "fingerprint": fingerprint,
+        "written": {str(path): _digest(path) for path in sorted(files)},
+    }
+    write_atomically(output, nbformat.writes(executed).encode())
+    return True
+
+
+def written(executed: Path) -> list[Path]:
+    """The files that a notebook wrote when `execute_if_changed` ran it; none if it failed."""
+    record = nbformat.read(executed, as_version=4).metadata.get(RECORD, {})
+    return [Path(name) for name in record.get("written", {})]
+
+
 def failure(executed: Path) -> str | None:
     """The error that ended an executed notebook, with its cell; None if there is none.
 
@@ -150,6 +236,8 @@ def render(
     dataset_title: str,
     introduction: str = "",
     headline: pd.DataFrame | None = None,
+    runs: pd.DataFrame | None = None,
+    numbers: Mapping[Path, Mapping[str, Path]] | None = None,
     environment: Mapping[str, Any] | None = None,
     readme: bool = False,
 ) -> Path:
@@ -166,6 +254,10 @@ def render(
         dataset_title: `Dataset.title`. If it is not "CIFAR-100", a banner on every page shows it.
         introduction: Markdown for the top of the index.
         headline: the numbers that the index shows first; fractions are shown with four digits.
+        runs: one row a run, with its name in the column "run", for a table on the index that a
+            click on a heading sorts. The name of a run that has a page is a link to it.
+        numbers: for each executed notebook the files that hold the numbers behind its figures, by
+            the name that they get. The report has copies, to which the page links.
         environment: what the results were made with, as in a run's `environment.json`: values are
             text, numbers, None or a mapping of these.
         readme: also write the index as `README.md`, which a code host shows.
@@ -179,18 +271,26 @@ def render(
     """
     if not executed:
         raise ReportError("a report needs at least one executed notebook; none was given")
-    pages = [_page(path) for path in executed]
+    pages = [_page(path, (numbers or {}).get(path, {})) for path in executed]
     for page, path in zip(pages, executed, strict=True):
         if page.name in RESERVED or [other.name for other in pages].count(page.name) > 1:
             raise ReportError(f"two pages would be called {page.name!r}: rename {path}")
     banner = "" if dataset_title == "CIFAR-100" else f"Made with a {dataset_title}"
-    overview = _overview(pages, title, dataset_title, banner, introduction, headline, environment)
+    sections = {
+        "Headline numbers": None if headline is None else markdown_table(headline),
+        "All runs": None if runs is None else _sortable_table(runs, pages),
+    }
+    described = (title, dataset_title, banner, introduction)
+    overview = _overview(pages, *described, sections, environment)
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "source"), Path(folder, "built")
-        _write_source(source, pages, overview, dataset_title)
+        _write_source(source, pages, overview, dataset_title, runs)
         _run_sphinx(source, built, title, banner)
         if readme:
             note = "Clone the repository and open `index.html` for the pages with all figures.\n"
+            if runs is not None:
+                sections["All runs"] = f"{markdown_table(runs)}\n\n{RUNS_LINK}"
+            overview = _overview(pages, *described, sections, environment)
             (built / "README.md").write_text(f"{overview}\n{note}", encoding="utf-8")
         _publish(built, out)
     return out / "index.html"
@@ -203,17 +303,14 @@ def markdown_table(table: pd.DataFrame) -> str:
     """
     table = table.convert_dtypes()
 
-    def text(value: object) -> str:
-        if pd.isna(value):
-            return ""
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return shown.replace("|", r"\|").replace("\n", " ")
+    def cell(value: object) -> str:
+        return _cell(value).replace("|", r"\|").replace("\n", " ")
 
     numbers = [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
     rows = [
         [str(column) for column in table.columns],
         ["---:" if number else "---" for number in numbers],
-        *([text(value) for value in row] for row in table.itertuples(index=False)),
+        *([cell(value) for value in row] for row in table.itertuples(index=False)),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -221,6 +318,87 @@ def markdown_table(table: pd.DataFrame) -> str:
 def percent(share: float) -> str:
     """A share, 0..1, as a text sets it: 0.6187 becomes "61.87 %"."""
     return f"{share:.2%}".replace("%", " %")
+
+
+def _fingerprint(
+    notebook: Path,
+    parameters: Mapping[str, Any],
+    inputs: Iterable[Path],
+    digests: Mapping[str, str],
+) -> str:
+    """The SHA-256 of all that decides what a notebook shows and writes."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    made_from = {
+        "notebook": _digest(notebook),
+        "parameters": dict(parameters),
+        "inputs": {str(path): _digest(path) for path in inputs},
+        "digests": dict(digests),
+        "code": {path.name: _digest(path) for path in CODE.glob("*.py")},
+        "versions": versions,
+        "backend": os.environ.get("KERAS_BACKEND", ""),
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_current(executed: Path, fingerprint: str) -> bool:
+    try:
+        notebook = nbformat.read(executed, as_version=4)
+    except (OSError, ValueError):  # there is none, or a run was killed while it wrote
+        return False
+    record = notebook.metadata.get(RECORD, {})
+    return record.get("fingerprint") == fingerprint and all(
+        Path(name).is_file() and _digest(Path(name)) == digest
+        for name, digest in record["written"].items()
+    )
+
+
+def _stamps(folders: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """When each file in the folders was changed, and which file of the disk it is."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in paths}
+
+
+def _cell(value: object) -> str:
+    """What a table shows of a value: of a fraction four digits, of a missing one nothing."""
+    if pd.isna(value):
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _sortable_table(table: pd.DataFrame, pages: Sequence[_Page]) -> str:
+    """A table whose headings sort it where scripts run; its rows are there without, too."""
+    names = {page.name for page in pages}
+
+    def cell(column: str, text: str) -> str:
+        name = _page_name(text)
+        content = _link(f"{name}.html", text) if name in names else html.escape(text)
+        is_text = column == "run" or not re.fullmatch(r"-?[\d.]+( to [\d.]+)?", text)
+        return f"<td>{content}</td>" if is_text else f'<td class="number">{content}</td>'
+
+    columns = [str(column) for column in table.columns]
+    rows = [map(_cell, row) for row in table.convert_dtypes().itertuples(index=False)]
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
+    body = ["".join(map(cell, columns, row)) for row in rows]
+    return "\n".join(
+        [
+            '<div class="scroll" tabindex="0" role="region" aria-label="Table of all runs">',
+            f'<table class="sortable"><thead><tr>{head}</tr></thead>',
+            "<tbody>",
+            *(f"<tr>{cells}</tr>" for cells in body),
+            "</tbody></table></div>",
+            '<script defer src="_static/sortable.js"></script>',
+            "",
+            RUNS_LINK,
+        ]
+    )
 
 
 def _read(path: Path) -> NotebookNode:
@@ -264,13 +442,21 @@ def _failure(notebook: NotebookNode) -> str | None:
     return None
 
 
-def _page(path: Path) -> _Page:
+def _page_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _page(path: Path, numbers: Mapping[str, Path]) -> _Page:
     notebook = _read(path)
     _remove_volatile(notebook)
-    name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.stem == "notebook" else path.stem)
+    of_run = path.stem == "notebook"
+    name = _page_name(path.parent.name if of_run else path.stem)
     first = notebook.cells[0] if notebook.cells else None
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {name}", id="title"))
+    elif of_run:  # the pages of several runs come from one notebook
+        title, line_end, rest = first.source.partition("\n")
+        first.source = f"{title}: {name}{line_end}{rest}"
     heading, _, rest = notebook.cells[0].source.partition("\n")
     try:
         picture = _picture(notebook)
@@ -283,12 +469,13 @@ def _page(path: Path) -> _Page:
         abstract=rest.strip().partition("\n\n")[0],
         picture=picture,
         failure=_failure(notebook),
+        numbers=numbers,
     )
 
 
 def _remove_volatile(notebook: NotebookNode) -> None:
     """Remove times, paths of this machine and random identifiers, and what only a kernel shows."""
-    for key in ("papermill", "widgets"):
+    for key in ("papermill", "widgets", RECORD):
         notebook.metadata.pop(key, None)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -329,7 +516,7 @@ def _overview(
     dataset_title: str,
     banner: str,
     introduction: str,
-    headline: pd.DataFrame | None,
+    sections: Mapping[str, str | None],
     environment: Mapping[str, Any] | None,
 ) -> str:
     """The index in the Markdown that both MyST and code hosts read; links are HTML for that."""
@@ -343,8 +530,8 @@ def _overview(
             f"- {_link(f'{page.name}.html', page.title)}: <code>{html.escape(page.failure)}</code>"
             for page in failed
         )
-    if headline is not None:
-        parts += ["## Headline numbers", markdown_table(headline)]
+    for heading, content in sections.items():
+        parts += [f"## {heading}", content] if content else []
     for page in pages:
         parts += [f"## {page.title}", page.abstract]
         if page.failure:
@@ -362,6 +549,23 @@ def _link(target: str, text: str) -> str:
     return f'<a href="{target}">{html.escape(text)}</a>'
 
 
+def _numbers_links(page: _Page) -> str:
+    """Links to the copies of the numbers behind a page's figures, a line for each folder."""
+    folders: dict[str, list[str]] = {}
+    for name in page.numbers:
+        folder, _, file = name.rpartition("/")
+        target = f"numbers/{quote(f'{page.name}/{name}')}"
+        link = f'<a href="{target}" download>{html.escape(file)}</a>'
+        folders.setdefault(folder, []).append(link)
+    lines = [
+        f"<li>{html.escape(folder)}{': ' * bool(folder)}{', '.join(links)}</li>"
+        for folder, links in sorted(folders.items())
+    ]
+    return "\n".join(
+        ['<div class="numbers">Numbers behind the figures:', "<ul>", *lines, "</ul></div>"]
+    )
+
+
 def _notebook_link(name: str) -> str:
     return f'<a href="notebooks/{name}.ipynb" download>Download the executed notebook</a>'
 
@@ -375,11 +579,24 @@ def _environment_table(environment: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "value"])
 
 
-def _write_source(source: Path, pages: Sequence[_Page], overview: str, dataset_title: str) -> None:
+def _write_source(
+    source: Path,
+    pages: Sequence[_Page],
+    overview: str,
+    dataset_title: str,
+    runs: pd.DataFrame | None,
+) -> None:
     """Lay out what Sphinx reads; `extra/` is copied into the report as it is."""
-    for folder in ("static", "extra/notebooks", "extra/pictures"):
+    for folder in ("static", "extra/notebooks", "extra/pictures", "extra/numbers"):
         (source / folder).mkdir(parents=True)
     shutil.copy(STYLE, source / "static" / "report.css")
+    if runs is not None:
+        import itables.options
+
+        bundle = Path(itables.options.dt_bundle).read_text(encoding="utf-8")
+        script = SORTABLE_SCRIPT % json.dumps(bundle)
+        (source / "static" / "sortable.js").write_text(script, encoding="utf-8")
+        runs.to_csv(source / "extra" / "numbers" / "runs.csv", index=False)
     contents = "\n".join(["```{toctree}", ":hidden:", *(page.name for page in pages), "```"])
     (source / "index.md").write_text(f"{overview}\n{contents}\n", encoding="utf-8")
     for page in pages:
@@ -387,6 +604,10 @@ def _write_source(source: Path, pages: Sequence[_Page], overview: str, dataset_t
         nbformat.write(_for_reading(page, pages, dataset_title), source / f"{page.name}.ipynb")
         if page.picture:
             (source / "extra" / "pictures" / f"{page.name}.png").write_bytes(page.picture)
+        for name, path in page.numbers.items():
+            target = source / "extra" / "numbers" / page.name / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _for_reading(page: _Page, pages: Sequence[_Page], dataset_title: str) -> NotebookNode:
@@ -411,6 +632,8 @@ def _for_reading(page: _Page, pages: Sequence[_Page], dataset_title: str) -> Not
             image = {"scale": "100%", "alt": f"Figure: {heading}"}
             cell.metadata.mystnb = {"image": image}
     lines = [f"Data set: {dataset_title} · {_notebook_link(page.name)}"]
+    if page.numbers:
+        lines.append(_numbers_links(page))
     if page.failure:
         lines = [
             f'<div class="failure">This notebook failed in {html.escape(page.failure)}</div>',
@@ -427,25 +650,28 @@ def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
     configuration = SPHINX | {
         "project": title,
         "html_title": title,
-        "html_static_path": [str(source / "static")],
-        "html_extra_path": [str(source / "extra")],
+        "html_static_path": ["static"],
+        "html_extra_path": ["extra"],
         "exclude_patterns": ["extra", "static"],
         "html_theme_options": {"announcement": html.escape(banner)},
     }
+    # Not as overrides: Sphinx complains of those of a theme, which it loads later.
+    lines = [f"{name} = {value!r}\n" for name, value in configuration.items()]
+    (source / "conf.py").write_text("".join(lines), encoding="utf-8")
     complaints = io.StringIO()
     try:
         with patch_docutils(), docutils_namespace():
             app = Sphinx(
                 srcdir=source,
-                confdir=None,
+                confdir=source,
                 outdir=built,
                 doctreedir=source.parent / "doctrees",
                 buildername="html",
-                confoverrides=configuration,
                 status=None,
                 warning=complaints,
                 freshenv=True,
             )
+            app.connect("html-page-context", _reach_by_keyboard)
             app.build()
     except Exception as error:
         raise ReportError(f"Sphinx failed: {error}\n{complaints.getvalue()}") from error
@@ -455,6 +681,14 @@ def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
     # Sphinx needs these for its next run, which here starts from nothing.
     for leftover in (".buildinfo", "objects.inv"):
         (built / leftover).unlink(missing_ok=True)
+
+
+def _reach_by_keyboard(app: Any, page: str, template: str, context: dict, doctree: Any) -> None:
+    """Let the keyboard scroll what is wider than the page: code, output and tables."""
+    body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    for box in ('<div class="table-wrapper', '<div class="output text_html'):
+        body = body.replace(box, f'<div tabindex="0" {box.removeprefix("<div ")}')
+    context["body"] = body
 
 
 def _publish(built: Path, out: Path) -> None:

@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -40,6 +41,8 @@ ABLATIONS = "ablations"
 RANGE_TEST = recipes.get("seed", train_size=10_000, validation_size=1_000)
 
 RUN_FILES = ("recipe.json", "history.csv", "metrics.json", "environment.json")
+# Of the files that a notebook reads or writes, those that a reader can open.
+NUMBERS = (".csv", ".json")
 STUDY_FILES = ("study.json", "trials.csv", "histories.csv", "journal.log")
 
 
@@ -79,8 +82,11 @@ def report(
     ablations: Path | None = None,
     operations: Path | None = None,
     readme: bool = False,
+    fresh: bool = False,
 ) -> Path:
     """Run the notebooks on finished runs, and on studies, and make pages of them.
+
+    A notebook that would give what it gave the last time is not run again.
 
     Args:
         shown: the runs, all of one data set.
@@ -97,6 +103,7 @@ def report(
         ablations: the folder of the study of variants that is shown with it.
         operations: what `benchmarks/operations.py` wrote, shown with it, if it is there.
         readme: also write the index as `README.md`.
+        fresh: run every notebook again.
 
     Returns:
         the path of the report's index.
@@ -113,6 +120,9 @@ def report(
     for run in shown:
         run.require_test()
     dataset = data.load(names.pop())
+    compared = compared or shown
+    operations = operations if operations and operations.exists() else None
+    studied = [] if studies_dir is None else _studies_on(dataset.title, studies_dir)
     places = {"output_dir": str(output_dir)}
     of_data = places | {"dataset": dataset.name}
     of_runs = places | {"runs_dir": str(shown[-1].path.parent), "tables_dir": str(tables_dir)}
@@ -122,34 +132,69 @@ def report(
         "03_network": of_data | {"model": shown[-1].recipe.model},
         "05_results": of_runs | {"runs": [run.name for run in shown]},
         "06_predictions": of_runs | {"run": shown[-1].name},
-    }
-    names = [] if studies_dir is None else _studies_on(dataset.title, studies_dir)
-    if names:
-        plan["07_calibration"] = places | {
-            "studies": names,
+        "07_calibration": places
+        | {
+            "studies": studied,
             "studies_dir": str(studies_dir),
             "range_test": str(range_test or ""),
             "links_from": str(out),
-        }
-    compared = compared or shown
-    plan["08_beyond"] = places | {
-        "runs_dir": str(compared[0].path.parent),
-        "runs": [run.name for run in compared],
-        "tried": str(tried or ""),
-        "ablations": str(ablations or ""),
-        "operations": str(operations) if operations and operations.exists() else "",
+        },
+        "08_beyond": places
+        | {
+            "runs_dir": str(compared[0].path.parent),
+            "runs": [run.name for run in compared],
+            "tried": str(tried or ""),
+            "ablations": str(ablations or ""),
+            "operations": str(operations or ""),
+        },
     }
-    executed, failures = [], []
+    if not studied:
+        del plan["07_calibration"]
+    inputs = {
+        "05_results": _files([run.path for run in shown], (*RUN_FILES, "predictions.npz")),
+        "06_predictions": _files([shown[-1].path], (*RUN_FILES, "predictions.npz")),
+        # Its table of trials links to those that left their notebook.
+        "07_calibration": _files(
+            [studies_dir / name for name in studied], (*STUDY_FILES, "trials/*/notebook.ipynb")
+        )
+        | ({"range_test.csv": range_test} if range_test else {}),
+        "08_beyond": _files([run.path for run in compared], RUN_FILES)
+        | _files([ablations] if ablations else [], STUDY_FILES)
+        | {path.name: path for path in (tried, operations) if path},
+    }
+    executed, numbers, failures = [], {}, []
     for name, parameters in plan.items():
         path = executed_dir / f"{name}.ipynb"
-        print(f"{name} ...", flush=True)
+        print(f"{name} ...", end=" ", flush=True)
+        began = time.monotonic()
+        read = inputs.get(name, {})
         try:
-            reports.execute(NOTEBOOKS / path.name, path, parameters)
+            ran = reports.execute_if_changed(
+                NOTEBOOKS / path.name,
+                path,
+                parameters,
+                inputs=read.values(),
+                digests=dataset.digests,
+                written_to=(output_dir, tables_dir),
+                fresh=fresh,
+            )
+            print(f"executed in {time.monotonic() - began:.0f} s" if ran else "unchanged")
         except reports.NotebookError as error:
+            print("failed")
             failures.append(str(error))
         executed.append(path)
-    training = [run.path / "notebook.ipynb" for run in shown]
-    executed[3:3] = [path for path in training if path.exists()]
+        files = read | {
+            file.relative_to(tables_dir).as_posix(): file
+            for file in reports.written(path)
+            if file.is_relative_to(tables_dir)
+        }
+        numbers[path] = {name: file for name, file in files.items() if file.suffix in NUMBERS}
+    trained = [run for run in shown if (run.path / "notebook.ipynb").exists()]
+    executed[3:3] = [run.path / "notebook.ipynb" for run in trained]
+    for run in trained:
+        numbers[run.path / "notebook.ipynb"] = {
+            name: run.path / name for name in RUN_FILES if (run.path / name).exists()
+        }
     index = reports.render(
         executed,
         out,
@@ -157,12 +202,25 @@ def report(
         dataset_title=dataset.title,
         introduction=introduction,
         headline=headline(shown),
+        runs=all_runs(compared),
+        numbers=numbers,
         environment=shown[-1].environment,
         readme=readme,
     )
     if failures:
         raise reports.NotebookError("\n".join([*failures, f"The report is {index}"]))
     return index
+
+
+def _files(folders: Iterable[Path], patterns: Iterable[str]) -> dict[str, Path]:
+    """The files of run folders and studies, each by its name and its folder's."""
+    patterns = list(patterns)
+    return {
+        path.relative_to(folder.parent).as_posix(): path
+        for folder in folders
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+    }
 
 
 def _studies_on(dataset_title: str, studies_dir: Path) -> list[str]:
@@ -226,6 +284,28 @@ def headline(shown: Sequence[runs.Run]) -> pd.DataFrame:
         )
     columns = ["run", "protocol", "epochs", "accuracy", "95 % interval", "loss", "top-5"]
     return pd.DataFrame(rows)[columns].fillna("")
+
+
+def all_runs(compared: Sequence[runs.Run]) -> pd.DataFrame:
+    """One row a run: what it was and what it reached on the test images, shares in 0..1."""
+    return pd.DataFrame(
+        {
+            "run": run.name,
+            "recipe": run.recipe.name,
+            "protocol": run.recipe.protocol,
+            "seed": run.recipe.seed,
+            "epochs": run.metrics["epochs_run"],
+            "accuracy": test["accuracy"],
+            "95 % interval": f"{test['accuracy_low']:.4f} to {test['accuracy_high']:.4f}",
+            "mirrored accuracy": run.metrics.get("test_flip", {}).get("accuracy"),
+            "top-5": test["top5_accuracy"],
+            "loss": test["loss"],
+            "minutes": f"{run.metrics['train_seconds'] / 60:.1f}",
+            "precision": run.environment["precision"],
+        }
+        for run in compared
+        for test in [run.metrics["test"]]
+    )
 
 
 def demo(runs_dir: Path) -> Path:

@@ -35,6 +35,14 @@ BAD = [
     new_code_cell("1 / 0"),
     new_code_cell("print('after')"),
 ]
+RUNS = pd.DataFrame(
+    {
+        "run": ["good", "<b>", "c"],
+        "accuracy": [0.5, 0.61871, 0.3],
+        "mirrored": [None, 0.7, 0.4],
+        "95 % interval": ["0.4 to 0.6", "0.6 to 0.7", "0.2 to 0.4"],
+    }
+)
 # What a browser fetches by itself; `a href` is followed by the reader alone.
 FETCHED = {
     "script": ["src"],
@@ -85,6 +93,8 @@ def executed(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def report(executed, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report") / "nested"
+    squares = tmp_path_factory.mktemp("numbers") / "squares.csv"
+    squares.write_text("n,square\n2,4\n")
     return reports.render(
         executed,
         out,
@@ -92,6 +102,8 @@ def report(executed, tmp_path_factory) -> Path:
         dataset_title=STAND_IN,
         introduction="What this *test* is about.",
         headline=pd.DataFrame({"measure": ["accuracy"], "here": [0.5], "there": [0.61871]}),
+        runs=RUNS,
+        numbers={executed[0]: {"squares.csv": squares, "more/of them.csv": squares}},
         environment={"versions": {"keras": "3.1"}, "commit": None},
         readme=True,
     )
@@ -171,6 +183,157 @@ def test_the_index_shows_numbers_pictures_environment_and_the_failure(report):
             "cell 3 (In [2]): ZeroDivisionError: division by zero",
         ):
             assert part in text, part
+
+
+def test_a_page_links_to_the_numbers_behind_its_figures(report):
+    folder = report.parent / "numbers" / "good"
+    assert (folder / "squares.csv").read_text() == "n,square\n2,4\n"
+    links = Links(report.with_name("good.html")).followed
+    assert {"numbers/good/squares.csv", "numbers/good/more/of%20them.csv"} <= set(links)
+    assert not any("numbers/" in link for link in Links(report.with_name("bad.html")).followed)
+
+
+def test_the_rows_of_all_runs_are_there_without_scripts(report):
+    page = report.read_text()
+    table = re.search(r'<table class="sortable">.*?</table>', page, re.S)[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows == [
+        ['<a href="good.html">good</a>', "0.5000", "", "0.4 to 0.6"],
+        ["&lt;b&gt;", "0.6187", "0.7000", "0.6 to 0.7"],
+        ["c", "0.3000", "0.4000", "0.2 to 0.4"],
+    ]
+    assert table.count('<th scope="col">') == 4
+    pd.testing.assert_frame_equal(pd.read_csv(report.parent / "numbers" / "runs.csv"), RUNS)
+
+
+def test_the_readme_has_the_runs_in_markdown(report):
+    readme = (report.parent / "README.md").read_text()
+    assert "| good | 0.5000 |  | 0.4 to 0.6 |" in readme
+    assert "<table" not in readme and "<script" not in readme
+
+
+def test_what_scrolls_can_be_reached_by_the_keyboard(report):
+    for page in report.parent.glob("*.html"):
+        text = page.read_text()
+        assert "<pre>" not in text and '<div class="output text_html' not in text, page.name
+        assert '<div class="table-wrapper' not in text, page.name
+    assert '<pre tabindex="0">' in report.with_name("good.html").read_text()
+
+
+def test_a_run_s_page_names_the_run(executed, tmp_path):
+    run = tmp_path / "seed-run" / "notebook.ipynb"
+    run.parent.mkdir()
+    run.write_bytes(executed[0].read_bytes())
+    index = reports.render([run], tmp_path / "report", title="T", dataset_title="CIFAR-100")
+    assert "<title>Squares: seed-run" in index.with_name("seed-run.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A notebook that reads a file and writes one, run once: what `execute_if_changed` takes."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "in.txt").write_text("2")
+    (folder / "written").mkdir()
+    (folder / "written" / "earlier.txt").write_text("of someone else")
+    cells = [
+        new_code_cell("folder: str = ''\nfactor: int = 1", metadata=PARAMETERS),
+        new_code_cell(
+            "from pathlib import Path\n"
+            "number = factor * int(Path(folder, 'in.txt').read_text())\n"
+            "Path(folder, 'written', 'out.txt').write_text(str(number))"
+        ),
+    ]
+    nbformat.write(new_notebook(cells=cells), folder / "source.ipynb")
+    call = {
+        "notebook": folder / "source.ipynb",
+        "output": folder / "executed.ipynb",
+        "parameters": {"folder": str(folder)},
+        "inputs": [folder / "in.txt"],
+        "digests": {"train": "12ab"},
+        "written_to": [folder / "written"],
+    }
+    assert reports.execute_if_changed(**call)
+    assert reports.written(call["output"]) == [folder / "written" / "out.txt"]
+    return call
+
+
+class RunAgainError(Exception):
+    """Stands for the run that would begin."""
+
+
+@pytest.fixture
+def again(recorded, monkeypatch):
+    """Says whether a call would run the notebook; whatever a test spoils is mended after it."""
+
+    def run_again(*_):
+        raise RunAgainError
+
+    def again(**changes) -> bool:
+        try:
+            return reports.execute_if_changed(**recorded | changes)
+        except RunAgainError:
+            return True
+
+    folder = recorded["output"].parent
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(reports, "execute", run_again)
+    yield again
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
+def test_a_notebook_is_not_run_again_if_nothing_changed(again, recorded):
+    before = recorded["output"].stat().st_mtime_ns
+    assert not again()
+    assert recorded["output"].stat().st_mtime_ns == before
+    assert again(fresh=True)
+
+
+def test_a_notebook_is_run_again_if_what_it_is_made_from_changed(again, recorded):
+    folder = recorded["output"].parent
+    assert again(parameters=recorded["parameters"] | {"factor": 2})
+    assert again(digests={"train": "34cd"})
+    assert again(inputs=[])
+    assert not again()
+    (folder / "in.txt").write_text("3")
+    assert again()
+
+
+def test_a_notebook_is_run_again_if_it_changed(again, recorded):
+    notebook = nbformat.read(recorded["notebook"], as_version=4)
+    notebook.cells.append(new_markdown_cell("More."))
+    nbformat.write(notebook, recorded["notebook"])
+    assert again()
+
+
+def test_a_notebook_is_run_again_if_the_library_changed(again, tmp_path, monkeypatch):
+    (tmp_path / "module.py").write_text("")
+    monkeypatch.setattr(reports, "CODE", tmp_path)
+    assert again()
+
+
+def test_a_notebook_is_run_again_if_a_package_changed(again, monkeypatch):
+    monkeypatch.setattr(reports.metadata, "version", lambda package: "0.1")
+    assert again()
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("other")])
+def test_a_notebook_is_run_again_if_what_it_wrote_is_gone_or_another_s(again, recorded, spoil):
+    spoil(recorded["output"].parent / "written" / "out.txt")
+    assert again()
+
+
+@pytest.mark.parametrize("torn", ['{"cells": [', ""])
+def test_a_notebook_is_run_again_if_its_copy_is_torn(again, recorded, torn):
+    recorded["output"].write_text(torn)
+    assert again()
+
+
+def test_a_notebook_that_failed_is_run_again(tmp_path):
+    nbformat.write(new_notebook(cells=BAD), tmp_path / "bad.ipynb")
+    for _ in range(2):
+        with pytest.raises(reports.NotebookError, match="ZeroDivisionError"):
+            reports.execute_if_changed(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", {})
 
 
 def test_markdown_tables_show_whole_numbers_fractions_gaps_and_bars():

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -108,6 +109,60 @@ def test_tables_agree_with_the_metrics(index, run, workplace):
     assert reliability["images"].sum() == test["images"]
     examples = pd.read_csv(folder / "examples.csv")
     assert len(examples) == 4
+
+
+def test_a_page_has_the_numbers_that_it_was_made_from(index, run):
+    folder = index.parent / "numbers"
+    for name in (
+        f"05_results/{run.name}/per_class.csv",
+        f"05_results/{run.name}/metrics.json",
+        f"06_predictions/{run.name}/examples.csv",
+        "07_calibration/learning_rate/trials.csv",
+        "07_calibration/learning_rate/histories.csv",
+        f"08_beyond/{run.name}/history.csv",
+        f"{run.name}/history.csv",
+        f"{run.name}/metrics.json",
+    ):
+        assert (folder / name).is_file(), name
+        page = name.partition("/")[0]
+        assert f'href="numbers/{name}"' in index.with_name(f"{page}.html").read_text("utf-8")
+    assert (folder / run.name / "history.csv").read_bytes() == (
+        run.path / "history.csv"
+    ).read_bytes()
+
+
+def test_the_same_report_again_runs_no_notebook_and_touches_no_file(
+    index, workplace, run, studies_dir, capsys
+):
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
+
+    before = times()
+    workflows.report(
+        [run],
+        index.parent,
+        executed_dir=workplace / "executed",
+        output_dir=workplace / "figures",
+        tables_dir=workplace / "tables",
+        studies_dir=studies_dir,
+    )
+    assert times() == before
+    assert re.findall(r"^(\d+)_\w+ \.\.\. unchanged$", capsys.readouterr().out, re.M) == [
+        "01",
+        "02",
+        "03",
+        "05",
+        "06",
+        "07",
+        "08",
+    ]
+
+
+def test_all_runs_have_a_row(run):
+    [row] = workflows.all_runs([run]).to_dict("records")
+    assert row["run"] == run.name
+    assert row["accuracy"] == run.metrics["test"]["accuracy"]
+    assert row["minutes"] == f"{run.metrics['train_seconds'] / 60:.1f}"
 
 
 def test_the_headline_puts_the_deck_first(run):
