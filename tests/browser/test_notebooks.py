@@ -106,6 +106,8 @@ def open_notebook(
         page.goto(f"{where}?reset&token={jupyterlab.token}")
         opened = Notebook(page, path)
         try:
+            # The kernel may be idle before the cells are there.
+            expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(notebook.cells))
             opened.wait_until_idle()
             yield opened
             assert not complaints
