@@ -201,23 +201,30 @@ def _elu_gradient():
     return gradient
 
 
-def gradient(function: Callable, inputs):
-    """The gradient of the sum of `function(inputs)` by `inputs`, of their shape."""
+def gradient(function: Callable) -> Callable:
+    """Of a function of two tensors one that gives the gradient of its sum by the first of them."""
     if on_tensorflow():
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = function(inputs)
-        return tape.gradient(outputs, inputs)
+        @tf.function
+        def by_first(inputs, others):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = function(inputs, others)
+            return tape.gradient(outputs, inputs)
+
+        return by_first
     if keras.backend.backend() == "jax":
         import jax
 
-        return jax.grad(lambda inputs: function(inputs).sum())(inputs)
+        return jax.grad(lambda inputs, others: function(inputs, others).sum())
     import torch
 
-    inputs = inputs.detach().requires_grad_()
-    return torch.autograd.grad(function(inputs).sum(), inputs)[0]
+    def by_first(inputs, others):
+        inputs = inputs.detach().requires_grad_()
+        return torch.autograd.grad(function(inputs, others).sum(), inputs)[0]
+
+    return by_first
 
 
 def resolve_precision(precision: str) -> str:

@@ -59,6 +59,7 @@ class GradCam:
     """
 
     def __init__(self, model: keras.Model) -> None:
+        from cifar_lib import backend
         from cifar_lib.backend import keras
 
         convolutions = [
@@ -81,7 +82,11 @@ class GradCam:
             logits = linear(last.input)
             linear.set_weights(last.get_weights())
         self._features = keras.Model(model.inputs, features)
-        self._logits = keras.Model(features, logits)
+        head = keras.Model(features, logits)
+        self._gradient = backend.gradient(
+            lambda features, chosen: head(features, training=False) * chosen
+        )
+        self._classes = model.output_shape[-1]
 
     def __call__(self, image: np.ndarray, label: int) -> np.ndarray:
         """The map of an image, uint8 (32, 32, 3), for a class: (h, w) float32, none below 0.
@@ -92,16 +97,12 @@ class GradCam:
         from cifar_lib.augmentation import scale
 
         ops = backend.keras.ops
-        features = self._features(ops.convert_to_tensor(scale(image[None])), training=False)
-
-        def logit(features):
-            return self._logits(features, training=False)[:, label]
-
-        def array(tensor) -> np.ndarray:
-            return ops.convert_to_numpy(ops.cast(tensor, "float32"))[0]
-
-        weights = array(backend.gradient(logit, features)).mean(axis=(0, 1))
-        return np.maximum(array(features) @ weights, 0)
+        features = self._features.predict_on_batch(scale(image[None]))
+        chosen = ops.one_hot([label], self._classes)
+        gradient = self._gradient(ops.convert_to_tensor(features), chosen)
+        gradient = ops.convert_to_numpy(ops.cast(gradient, "float32"))
+        weights = gradient[0].mean(axis=(0, 1))
+        return np.maximum(features[0].astype(np.float32) @ weights, 0)
 
 
 def evaluate(

@@ -329,7 +329,7 @@ def test_the_button_stops_after_the_epoch_and_the_same_cell_continues(
         assert stopped.value._render_traceback_() == [message]
         assert shown[-1].button.disabled
         assert shown[-1].button.description == "Stopping after this epoch"
-        assert shown[-1].picture.value.startswith(b"\x89PNG")
+        assert bytes(shown[-1].picture.value).startswith(b"\x89PNG")
         assert runs.load(folder).state == "interrupted"
         assert epochs_stored(folder) == done
     # Clicked within the last epoch, it has nothing left to stop.
