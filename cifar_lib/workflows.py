@@ -300,7 +300,7 @@ def all_runs(compared: Sequence[runs.Run]) -> pd.DataFrame:
             "mirrored accuracy": run.metrics.get("test_flip", {}).get("accuracy"),
             "top-5": test["top5_accuracy"],
             "loss": test["loss"],
-            "minutes": f"{run.metrics['train_seconds'] / 60:.1f}",
+            "training minutes": f"{run.metrics['train_seconds'] / 60:.1f}",
             "precision": run.environment["precision"],
         }
         for run in compared

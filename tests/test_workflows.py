@@ -162,7 +162,7 @@ def test_all_runs_have_a_row(run):
     [row] = workflows.all_runs([run]).to_dict("records")
     assert row["run"] == run.name
     assert row["accuracy"] == run.metrics["test"]["accuracy"]
-    assert row["minutes"] == f"{run.metrics['train_seconds'] / 60:.1f}"
+    assert row["training minutes"] == f"{run.metrics['train_seconds'] / 60:.1f}"
 
 
 def test_the_headline_puts_the_deck_first(run):
