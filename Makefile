@@ -41,11 +41,13 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)
 
-test-browser: $(VENV)/.ready ## Operate the notebooks and reports in Chromium (TIME minutes on 2 cores)
+test-browser: $(VENV)/.ready ## Operate the notebooks and reports in Chromium
 	$(RUN) -m pytest tests/browser $(ARGS)
 
+# Pictures that are dropped into a notebook may be larger than the 10 MB of a usual message.
 lab: filter ## Open the notebooks in JupyterLab
 	$(RUN) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' $(NO_BROWSER) \
+	    --ServerApp.tornado_settings='{"websocket_max_message_size": 104857600}' \
 	    --LabApp.default_url=/lab/tree/notebooks/01_dataset.ipynb $(ARGS)
 
 filter: $(VENV)/.ready ## Keep what notebooks put out away from git (make lab does so, too)

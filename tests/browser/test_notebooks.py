@@ -78,7 +78,7 @@ class Notebook:
 
 @pytest.fixture(scope="module")
 def open_notebook(
-    browser: Browser, jupyterlab: JupyterLab
+    browser: Browser, jupyterlab: JupyterLab, artefacts: Path
 ) -> Callable[..., AbstractContextManager[Notebook]]:
     """Opens a copy of a notebook with other values of its parameters; `name` is the copy's."""
 
@@ -106,9 +106,14 @@ def open_notebook(
         page.goto(f"{where}?reset&token={jupyterlab.token}")
         opened = Notebook(page, path)
         try:
+            # The kernel may be idle before the cells are there.
+            expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(notebook.cells))
             opened.wait_until_idle()
             yield opened
             assert not complaints
+        except BaseException:
+            page.screenshot(path=artefacts / f"{path.stem}-failed.png")
+            raise
         finally:
             headers = {"Authorization": f"token {jupyterlab.token}"}
             sessions = f"{jupyterlab.address}/api/sessions"
@@ -194,16 +199,18 @@ def test_04_train_is_stopped_and_continued(open_notebook):
     long = {"train_size": 400, "test_size": 100, "epochs": 3}
     chosen = {"recipe": "quick", "dataset": "synthetic", "protocol": "final", **long}
     with open_notebook("04_train", "stopped", **chosen, run_name="stopped") as notebook:
-        training = notebook.page.locator(".jp-CodeCell").filter(has_text="training.train(")
         notebook.choose("Run", "Run All Cells")
-        training.get_by_role("button", name="Stop after this epoch").click()
-        expect(training).to_contain_text("Stopped after epoch")
+        notebook.page.get_by_role("button", name="Stop after this epoch").click()
+        stopped = notebook.page.get_by_text("Stopped after epoch")
+        expect(stopped.first).to_be_visible()
         notebook.wait_until_idle()
         history = notebook.path.parent.parent / "runs_dir" / "stopped" / "history.csv"
         before = history.read_text()
         assert 1 <= len(before.splitlines()) - 1 < long["epochs"]
-        training.locator(".cm-content").click()
+        training = notebook.page.locator(".jp-CodeCell").filter(has=stopped)
+        training.locator(".jp-InputPrompt").click()
         notebook.choose("Run", "Run Selected Cell and All Below")
+        expect(stopped).to_have_count(0)
         notebook.page.wait_for_function(ENDED)
         notebook.wait_until_idle()
         assert history.read_text().startswith(before)
