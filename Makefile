@@ -41,7 +41,7 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)
 
-test-browser: $(VENV)/.ready ## Operate the notebooks and reports in Chromium
+test-browser: $(VENV)/.ready ## Operate notebooks and reports in Chromium
 	$(RUN) -m pytest tests/browser $(ARGS)
 
 lab: filter ## Open the notebooks in JupyterLab
