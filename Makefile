@@ -41,7 +41,7 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(ARGS)
 
-test-browser: $(VENV)/.ready ## Operate the notebooks and reports in Chromium
+test-browser: $(VENV)/.ready ## Operate notebooks and reports in Chromium
 	$(RUN) -m pytest tests/browser $(ARGS)
 
 # Pictures that are dropped into a notebook may be larger than the 10 MB of a usual message.
