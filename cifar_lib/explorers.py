@@ -705,7 +705,7 @@ class OwnPicture(Explorer):
         )
         best = self.names[int(answer.probabilities.argmax())]
         text = f"{html.escape(answer.name)}: {best}, {answer.probabilities.max():.0%} sure."
-        return View(text, _png([Image.open(io.BytesIO(_drawn(card, 150))).convert("RGB"), maps]))
+        return View(text, _png([Image.open(io.BytesIO(_drawn(card))).convert("RGB"), maps]))
 
     def answer(self, upload: Sequence[Mapping[str, Any]]) -> _Answer:
         """What the network says of an uploaded file, or, of none, of the first picture.
@@ -851,10 +851,10 @@ class Runs(Explorer):
         )
 
 
-def _drawn(figure: Figure, dpi: int = 100) -> bytes:
+def _drawn(figure: Figure) -> bytes:
     """A figure as PNG, for the screen: in no more time than it takes to draw it."""
     file = io.BytesIO()
-    figure.savefig(file, dpi=dpi)
+    figure.savefig(file, dpi=100)
     return file.getvalue()
 
 

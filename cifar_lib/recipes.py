@@ -318,6 +318,11 @@ class Recipe:
         return Counter(map(self.image_size, range(self.epochs)))
 
     @property
+    def label(self) -> str:
+        """Its name, with the precision where that was chosen, as "fast in float32"."""
+        return self.name if self.precision == "auto" else f"{self.name} in {self.precision}"
+
+    @property
     def soft_labels(self) -> bool:
         """Whether the network trains on rows of class probabilities, not on integers."""
         return self.mixing is not None or self.label_smoothing > 0

@@ -87,6 +87,11 @@ class Run:
         return Recipe.from_json(self._text("recipe.json"))
 
     @property
+    def label(self) -> str:
+        """Its recipe and length in words, as "fast in float32, 4 epochs"; seeds share it."""
+        return f"{self.recipe.label}, {len(self.history)} epochs"
+
+    @property
     def tested(self) -> bool:
         """Whether its recipe has test images."""
         return self.recipe.test_size != 0
@@ -196,6 +201,12 @@ def finished(runs_dir: Path | str, names: Sequence[str] = (), *, tested: bool = 
         if tested:
             run.require_test()
     return named
+
+
+def labels(shown: Sequence[Run]) -> list[str]:
+    """What tells runs apart, as short as it can be: their labels, or else their names."""
+    found = [run.label for run in shown]
+    return found if len(set(found)) == len(found) else [run.name for run in shown]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ REFERENCE = {
     "seed-provisional, 14 of 139 epochs": [recipes.get("seed-provisional", epochs=14)],
     "seed-onecycle": [recipes.get("seed-onecycle")],
     "fast": [recipes.get("fast", seed=seed) for seed in range(3)],
+    "fast in float32, without AVX-512": [recipes.get("fast", precision="float32")],
     "accurate": [recipes.get("accurate", seed=seed) for seed in range(2)],
 }
 

@@ -201,6 +201,21 @@ def test_runs_are_found_by_age_and_asked_for_by_name(tmp_path):
         _ = runs.load(tmp_path / "unfinished").metrics
 
 
+def test_labels_are_as_short_as_tells_runs_apart(tmp_path):
+    made = [
+        make_run(tmp_path / name, **changes)
+        for name, changes in {
+            "a": {},
+            "b": {"precision": "float32"},
+            "c": {"seed": 1},
+        }.items()
+    ]
+    for run in made:
+        (run.path / "history.csv").write_text("epoch,accuracy\n1,0.1\n2,0.2\n")
+    assert runs.labels(made[:2]) == ["seed, 2 epochs", "seed in float32, 2 epochs"]
+    assert runs.labels(made) == ["a", "b", "c"]
+
+
 def test_the_history_comes_back_as_it_was(tmp_path):
     make_run(tmp_path)
     losses = [1 / 3, np.float64(np.float32(0.1)), 5e-324, 1e22]
