@@ -805,21 +805,30 @@ class Runs(Explorer):
     def view(self, names: Sequence[str]) -> View:
         if not names:
             return View("No run is chosen. Choose one, or several with Ctrl or Shift.")
-        figure = figures.overlaid_curves(
-            {name: self.runs[name].history for name in names}, self.title
-        )
+        chosen = self._labelled(names)
+        histories = {label: run.history for label, run in chosen.items()}
+        figure = figures.overlaid_curves(histories, self.title)
         table = self.differences(names)
         if len(names) == 1:
             return View(f"The run {names[0]}.", _drawn(figure))
         if table.empty:
             return View(f"{len(names)} runs, whose recipes are the same.", _drawn(figure))
-        return View(f"{len(names)} runs. Their recipes differ in:", _drawn(figure), table=table)
+        text = f"{len(names)} runs, and the choices in which their recipes differ."
+        return View(text, _drawn(figure), table=table)
 
     def differences(self, names: Sequence[str]) -> pd.DataFrame:
         """The fields in which the recipes of runs differ, a row each, and a column for each run."""
-        recipes = {name: dataclasses.asdict(self.runs[name].recipe) for name in names}
-        choices = pd.DataFrame({name: pd.Series(recipe) for name, recipe in recipes.items()})
+        choices = pd.DataFrame(
+            {
+                label: pd.Series(dataclasses.asdict(run.recipe))
+                for label, run in self._labelled(names).items()
+            }
+        )
         return choices.map(str)[choices.map(str).nunique(axis=1) > 1]
+
+    def _labelled(self, names: Sequence[str]) -> dict[str, runs.Run]:
+        chosen = [self.runs[name] for name in names]
+        return dict(zip(runs.labels(chosen), chosen, strict=True))
 
     def numbers(self, names: Sequence[str]) -> pd.DataFrame:
         """What finished runs reached, a row each: accuracies and losses as in `Run.metrics`."""

@@ -77,7 +77,7 @@ _STYLE = sns.axes_style("whitegrid") | {
 def training_curves(
     histories: Mapping[str, pd.DataFrame], title: str, deck: Mapping[str, float] | None = None
 ) -> Figure:
-    """Draw accuracy and loss by epoch, one column of panels for each run.
+    """Draw accuracy above loss by epoch, for each run, three runs side by side.
 
     `histories` maps a run's label to its history: columns `epoch` (from 1), `loss`, `accuracy` and,
     where there is a validation set, `val_loss` and `val_accuracy`; then the epoch of the highest
@@ -85,20 +85,30 @@ def training_curves(
     Raises ValueError if there is no run or a run has no epoch.
     """
     _check_histories(histories)
-    figure = _figure(max(6.5, 4.6 * len(histories)), 6.2, layout="constrained")
-    panels = figure.subplots(2, len(histories), sharex="col", sharey="row", squeeze=False)
-    for (label, history), column in zip(histories.items(), panels.T, strict=True):
-        for axes, metric in zip(column, ("accuracy", "loss"), strict=True):
+    across = min(len(histories), 3)
+    down = -(-len(histories) // across)
+    figure = _figure(max(6.5, 4.6 * across), 6.2 * down, layout="constrained")
+    first = (None, None)
+    for number, (label, history) in enumerate(histories.items()):
+        row, column = divmod(number, across)
+        place = 2 * row * across + column + 1
+        upper = figure.add_subplot(2 * down, across, place, sharey=first[0])
+        lower = figure.add_subplot(2 * down, across, place + across, sharex=upper, sharey=first[1])
+        first = (upper, lower) if number == 0 else first
+        for axes, metric in ((upper, "accuracy"), (lower, "loss")):
             _curves(axes, history, metric)
             if deck:
                 axes.axhline(deck[metric], color=DECK, linestyle=":", label=f"deck, {deck[metric]}")
             axes.legend(loc="best")
-        column[0].set_title(label)
-        column[1].set_xlabel("epoch")
-        column[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels[0, 0].set_ylabel("accuracy")
-    panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
-    panels[1, 0].set_ylabel("loss (nats)")
+            axes.tick_params(labelleft=column == 0)
+        upper.set_title(label)
+        upper.tick_params(labelbottom=False)
+        lower.set_xlabel("epoch")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if column == 0:
+            upper.set_ylabel("accuracy")
+            lower.set_ylabel("loss (nats)")
+    first[0].yaxis.set_major_formatter(PercentFormatter(1))
     figure.suptitle(title)
     return figure
 

@@ -277,11 +277,11 @@ def range_test(recipe: recipes.Recipe, runs_dir: Path, **choices: float) -> tupl
 def headline(shown: Sequence[runs.Run]) -> pd.DataFrame:
     """One row a run, and the deck's: the numbers that an index shows first."""
     rows = [DECK]
-    for run in shown:
+    for label, run in zip(runs.labels(shown), shown, strict=True):
         test = run.metrics["test"]
         rows.append(
             {
-                "run": run.name,
+                "run": label,
                 "protocol": run.recipe.protocol,
                 "epochs": run.metrics["epochs_run"],
                 "accuracy": test["accuracy"],

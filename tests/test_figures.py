@@ -61,8 +61,7 @@ def assert_text_is_inside(figure):
 
 def test_training_curves_mark_the_best_epoch():
     figure = figures.training_curves({"long": history(30), "short": history(9)}, "CIFAR-100: runs")
-    accuracy_long, accuracy_short, *_ = figure.axes
-    assert len(figure.axes) == 4
+    accuracy_long, _, accuracy_short, _ = figure.axes
     assert any("best epoch, 20: 0.5000" in text for text in texts(accuracy_long))
     assert any("best epoch, 6: 0.5000" in text for text in texts(accuracy_short))
     assert "CIFAR-100: runs" in texts(figure)
@@ -76,6 +75,17 @@ def test_training_curves_of_one_epoch_are_visible(validation):
     # More than the legend's two samples of a line.
     assert (picture == blue).all(axis=-1).sum() > 300
     assert bool(lines(figure.axes[0], figures.VALIDATION)) == validation
+
+
+def test_training_curves_of_many_runs_stay_legible():
+    histories = {f"run {number}": history(number + 2) for number in range(5)}
+    figure = figures.training_curves(histories, "CIFAR-100")
+    assert figure.get_figwidth() <= 14
+    upper, lower = figure.axes[::2], figure.axes[1::2]
+    assert [axes.get_title() for axes in upper] == list(histories)
+    assert len({axes.get_ylim() for axes in upper}) == 1
+    assert len({axes.get_ylim() for axes in lower}) == 1
+    rendered(figure)
 
 
 def test_training_curves_draw_the_deck_where_asked():
