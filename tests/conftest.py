@@ -9,6 +9,8 @@ import pytest
 from cifar_lib import data
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# As `cifar_lib.backend` does; some tests import TensorFlow before it, which then would not see it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

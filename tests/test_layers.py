@@ -79,6 +79,8 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], dtype: str
     ids=str,
 )
 def test_a_convolution_is_keras_own(sides, kernel, padding, dtype):
+    if "bfloat16" in dtype and backend.resolve_precision("auto") != "bfloat16":
+        pytest.skip("this processor has no bfloat16: TensorFlow rounds every partial sum to it")
     inputs = normal(4, *sides, 3)
     lost = kernel - 1 if padding == "valid" else 0
     upstream = normal(4, sides[0] - lost, sides[1] - lost, 5, seed=2)
@@ -171,7 +173,7 @@ def test_whitened_patches_are_uncorrelated_and_of_equal_variance(images, whiteni
     whitening.adapt(images)
     exact = array(whitening(images / np.float32(255)))[..., :12].reshape(-1, 12)
     np.testing.assert_allclose(np.cov(exact, rowvar=False), np.eye(12), atol=2e-3)
-    np.testing.assert_allclose(outputs[..., 12:], -outputs[..., :12], atol=1e-6)
+    np.testing.assert_allclose(outputs[..., 12:], -outputs[..., :12], atol=1e-5)
 
 
 def test_only_the_bias_of_the_whitening_is_trained(images, whitening):

@@ -3,6 +3,7 @@
 `make test-browser` runs them; screenshots and the server's log stay in `runs/browser/`.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -100,10 +101,15 @@ def jupyterlab(
     }
     environment = os.environ | {name: str(own / folder) for name, folder in places.items()}
     environment["JUPYTER_TOKEN"] = token
-    # Else JupyterLab asks whether it may fetch news, in front of what is tested.
-    settings = own / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    for extension, setting, value in (
+        # Else JupyterLab asks whether it may fetch news, in front of what is tested.
+        ("apputils-extension", "notification", {"fetchNews": "false"}),
+        # Else cells that are scrolled away are not laid out, and count as hidden.
+        ("notebook-extension", "tracker", {"windowingMode": "none"}),
+    ):
+        settings = own / "settings" / "@jupyterlab" / extension
+        settings.mkdir(parents=True)
+        (settings / f"{setting}.jupyterlab-settings").write_text(json.dumps(value))
     command = [
         sys.executable,
         "-m",
