@@ -109,8 +109,9 @@ def test_the_table_of_runs_is_sorted_by_a_click(index, page, faults):
     stored = rows.all_inner_texts()
     assert len(stored) > 1
     names = []
-    for _ in range(2):
+    for order in ("ascending", "descending"):
         head.click()
+        expect(head).to_have_attribute("aria-sort", order)
         assert sorted(rows.all_inner_texts()) == sorted(stored)
         names.append(rows.locator("td:first-child").all_inner_texts())
     assert names == [sorted(names[0]), sorted(names[0], reverse=True)]
