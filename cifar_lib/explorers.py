@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
-import itables
+import itables.options
 import numpy as np
 import pandas as pd
 from IPython import display
+from itables.javascript import generate_init_offline_itables_html
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm, to_hex
 from matplotlib.figure import Figure
@@ -850,8 +851,10 @@ class Runs(Explorer):
         if not cifar_lib.started_by_jupyter():
             display.display(self.numbers(self.initial["names"]))
             return
-        # Its code comes along, so that no network is needed; other tables stay as they are.
-        itables.init_notebook_mode(all_interactive=False, connected=False)
+        # Its code comes along, so that no network is needed. Not by `init_notebook_mode`: the first
+        # script of that wants what its second one brings, and fails.
+        bundle = generate_init_offline_itables_html(itables.options.dt_bundle)
+        display.display(display.HTML(bundle))
         itables.show(
             self.numbers([*self.runs]).reset_index(),
             connected=False,
