@@ -35,7 +35,7 @@ MARK = "CIFAR_LIB_TEST_PLACE"
 TRIAL = """\
 recipe: seed
 cores_per_trial: 1
-choices: {dataset: synthetic, train_size: 50, validation_size: 50, batch_size: 50, epochs: 4,
+choices: {dataset: synthetic, train_size: 100, validation_size: 100, batch_size: 50, epochs: 4,
   augmentation: none, optimizer: adam, precision: float32}
 """
 STUDIES = {
