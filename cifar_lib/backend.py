@@ -12,10 +12,9 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
-from cifar_lib import ROOT
+from cifar_lib import ROOT, installed
 
 
 @contextlib.contextmanager
@@ -259,12 +258,6 @@ def device() -> str:
 
 def describe(precision: str) -> dict:
     """What a result may depend on beside the recipe: versions, backend, device, threads, commit."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "backend": keras.backend.backend(),
         "device": device(),
@@ -275,7 +268,7 @@ def describe(precision: str) -> dict:
         "precision": precision,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": installed(PACKAGES),
         "commit": _commit(),
     }
 

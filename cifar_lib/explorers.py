@@ -626,8 +626,8 @@ class Training:
         self.picture.value = _drawn(figure)
 
     def _stored(self) -> pd.DataFrame:
-        path = self.run_dir / "history.csv"
-        return pd.read_csv(path) if path.exists() else pd.DataFrame()
+        there = (self.run_dir / "history.csv").exists()
+        return runs.Run(self.run_dir).history if there else pd.DataFrame()
 
     def _stop(self, _: widgets.Button) -> None:
         self.stop.set()

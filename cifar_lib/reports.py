@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,7 +28,7 @@ import pandas as pd
 from nbformat import NotebookNode
 from PIL import Image
 
-from cifar_lib import ROOT
+from cifar_lib import ROOT, installed
 from cifar_lib.runs import write_atomically
 
 KERNEL = "python3"
@@ -327,10 +326,7 @@ def _fingerprint(
     digests: Mapping[str, str],
 ) -> str:
     """The SHA-256 of all that decides what a notebook shows and writes."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    versions = {"python": platform.python_version()} | installed(PACKAGES)
     made_from = {
         "notebook": _digest(notebook),
         "parameters": dict(parameters),

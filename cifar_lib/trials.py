@@ -25,13 +25,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import filelock
 import psutil
 
-from cifar_lib import ROOT
+from cifar_lib import ROOT, installed
 from cifar_lib.studies import NOTEBOOK, Value
 
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "scipy", "papermill", "distributed")
@@ -135,11 +134,7 @@ def describe(dataset: str) -> dict[str, str]:
     from cifar_lib import data
 
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= dict.fromkeys(PACKAGES, "not installed") | installed(PACKAGES)
     found["KERAS_BACKEND"] = os.environ.get("KERAS_BACKEND", "tensorflow")
     digest = hashlib.sha256()
     for path in [*sorted((ROOT / "cifar_lib").glob("*.py")), NOTEBOOK]:

@@ -313,7 +313,7 @@ def test_a_notebook_is_run_again_if_the_library_changed(again, tmp_path, monkeyp
 
 
 def test_a_notebook_is_run_again_if_a_package_changed(again, monkeypatch):
-    monkeypatch.setattr(reports.metadata, "version", lambda package: "0.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.1")
     assert again()
 
 

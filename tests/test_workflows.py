@@ -223,3 +223,8 @@ def test_the_results_hold_what_the_pages_are_made_of():
     # Tested again on another machine, single images may round to another class.
     expected = json.loads((workflows.RESULTS / of_seeds[0].run_name / "metrics.json").read_text())
     assert right.mean() == pytest.approx(expected["test"]["accuracy"], abs=1e-3)
+
+
+def test_the_repository_s_pictures_and_pages_stay_small():
+    files = [p for folder in ("figures", "reports") for p in (ROOT / folder).rglob("*")]
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 15_000_000
