@@ -401,7 +401,7 @@ class Predictions(Explorer):
 
 def _cell_style(share: float) -> widgets.ButtonStyle:
     color = colormaps["mako_r"](share)
-    ink = "white" if share > 0.6 else "black"
+    ink = "white" if share >= 0.5 else "black"  # of the two the one with a contrast above 4.5
     background = to_hex(color) if share else "white"
     return widgets.ButtonStyle(button_color=background, text_color=ink, font_size="0.8em")
 
@@ -811,7 +811,7 @@ class Runs(Explorer):
         figure = figures.overlaid_curves(histories, self.title)
         table = self.differences(names)
         if len(names) == 1:
-            return View(f"The run {names[0]}.", _drawn(figure))
+            return View(f"The run {html.escape(names[0])}.", _drawn(figure))
         if table.empty:
             return View(f"{len(names)} runs, whose recipes are the same.", _drawn(figure))
         text = f"{len(names)} runs, and the choices in which their recipes differ."
@@ -849,7 +849,7 @@ class Runs(Explorer):
     def _ipython_display_(self) -> None:
         super()._ipython_display_()
         if not cifar_lib.started_by_jupyter():
-            display.display(self.numbers(self.initial["names"]))
+            display.display(self.numbers(self.initial["names"]).style.format(str, na_rep=""))
             return
         # Its code comes along, so that no network is needed. Not by `init_notebook_mode`: the first
         # script of that wants what its second one brings, and fails.

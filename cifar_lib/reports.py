@@ -227,6 +227,18 @@ def failure(executed: Path) -> str | None:
     return _failure(_read(executed))
 
 
+def complete(executed: Path) -> bool:
+    """Whether an executed notebook ran without error to the output of its last code cell.
+
+    Raises:
+        ReportError: the file is not a notebook.
+    """
+    notebook = _read(executed)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    started = all(cell.metadata.get("papermill", {}).get("start_time") for cell in code)
+    return started and bool(code[-1].outputs) and _failure(notebook) is None
+
+
 def render(
     executed: Sequence[Path],
     out: Path,
@@ -237,6 +249,7 @@ def render(
     headline: pd.DataFrame | None = None,
     runs: pd.DataFrame | None = None,
     numbers: Mapping[Path, Mapping[str, Path]] | None = None,
+    labels: Mapping[Path, str] | None = None,
     environment: Mapping[str, Any] | None = None,
     readme: bool = False,
 ) -> Path:
@@ -257,6 +270,8 @@ def render(
             click on a heading sorts. The name of a run that has a page is a link to it.
         numbers: for each executed notebook the files that hold the numbers behind its figures, by
             the name that they get. The report has copies, to which the page links.
+        labels: what titles tell pages by that come from one notebook; without, a page of a run
+            folder has that folder's name in its title.
         environment: what the results were made with, as in a run's `environment.json`: values are
             text, numbers, None or a mapping of these.
         readme: also write the index as `README.md`, which a code host shows.
@@ -270,7 +285,8 @@ def render(
     """
     if not executed:
         raise ReportError("a report needs at least one executed notebook; none was given")
-    pages = [_page(path, (numbers or {}).get(path, {})) for path in executed]
+    numbers, labels = numbers or {}, labels or {}
+    pages = [_page(path, numbers.get(path, {}), labels.get(path)) for path in executed]
     for page, path in zip(pages, executed, strict=True):
         if page.name in RESERVED or [other.name for other in pages].count(page.name) > 1:
             raise ReportError(f"two pages would be called {page.name!r}: rename {path}")
@@ -375,7 +391,8 @@ def _sortable_table(table: pd.DataFrame, pages: Sequence[_Page]) -> str:
 
     def cell(column: str, text: str) -> str:
         name = _page_name(text)
-        content = _link(f"{name}.html", text) if name in names else html.escape(text)
+        linked = column == "run" and name in names
+        content = _link(f"{name}.html", text) if linked else html.escape(text)
         is_text = column == "run" or not re.fullmatch(r"-?[\d.]+( to [\d.]+)?", text)
         return f"<td>{content}</td>" if is_text else f'<td class="number">{content}</td>'
 
@@ -442,7 +459,7 @@ def _page_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def _page(path: Path, numbers: Mapping[str, Path]) -> _Page:
+def _page(path: Path, numbers: Mapping[str, Path], label: str | None) -> _Page:
     notebook = _read(path)
     _remove_volatile(notebook)
     of_run = path.stem == "notebook"
@@ -450,9 +467,10 @@ def _page(path: Path, numbers: Mapping[str, Path]) -> _Page:
     first = notebook.cells[0] if notebook.cells else None
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"# {name}", id="title"))
-    elif of_run:  # the pages of several runs come from one notebook
+    elif label or of_run:  # the pages of several runs come from one notebook
         title, line_end, rest = first.source.partition("\n")
-        first.source = f"{title}: {name}{line_end}{rest}"
+        # A notebook that was downloaded from a report has a label already.
+        first.source = f"{title.partition(': ')[0]}: {label or name}{line_end}{rest}"
     heading, _, rest = notebook.cells[0].source.partition("\n")
     try:
         picture = _picture(notebook)
@@ -528,12 +546,15 @@ def _overview(
         )
     for heading, content in sections.items():
         parts += [f"## {heading}", content] if content else []
+    abstracts = set()
     for page in pages:
-        parts += [f"## {page.title}", page.abstract]
+        parts += [f"## {page.title}", "" if page.abstract in abstracts else page.abstract]
+        abstracts.add(page.abstract)
         if page.failure:
             parts.append(f"**Failed:** <code>{html.escape(page.failure)}</code>")
         if page.picture:
-            picture = f'<img src="pictures/{page.name}.png" alt="First figure of: {page.title}">'
+            alt = f"First figure of: {html.escape(page.title)}"
+            picture = f'<img src="pictures/{page.name}.png" alt="{alt}">'
             parts.append(f'<p class="picture"><a href="{page.name}.html">{picture}</a></p>')
         parts.append(f"{_link(f'{page.name}.html', 'Read the page')} · {_notebook_link(page.name)}")
     if environment:
@@ -680,8 +701,12 @@ def _run_sphinx(source: Path, built: Path, title: str, banner: str) -> None:
 
 
 def _reach_by_keyboard(app: Any, page: str, template: str, context: dict, doctree: Any) -> None:
-    """Let the keyboard scroll what is wider than the page: code, output and tables."""
+    """Let the keyboard scroll what is wider than the page: code, output and tables.
+
+    And let what opens the code be called by what it says, not by another name that nobody sees.
+    """
     body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     for box in ('<div class="table-wrapper', '<div class="output text_html'):
         body = body.replace(box, f'<div tabindex="0" {box.removeprefix("<div ")}')
     context["body"] = body

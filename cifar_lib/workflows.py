@@ -57,7 +57,7 @@ def train(recipe: recipes.Recipe, runs_dir: Path, output_dir: Path) -> runs.Run:
     """
     run = runs.Run(runs_dir / recipe.run_name)
     executed = run.path / "notebook.ipynb"
-    if not (run.finished and executed.exists()):
+    if not (run.finished and executed.exists() and reports.complete(executed)):
         parameters = {
             "recipe": recipe.name,
             "runs_dir": str(runs_dir),
@@ -103,7 +103,8 @@ def report(
         executed_dir: where the executed notebooks go.
         output_dir: where pictures go.
         tables_dir: where the numbers behind the pictures go.
-        studies_dir: the folder of the studies' folders; those on the same data set are shown.
+        studies_dir: the folder of the studies' folders; those on the same data set are shown, but
+            for the ablations, which stand with the comparison.
         range_test: the table of a range test, shown with them.
         compared: the runs that are compared, where they are more than those shown.
         tried: a table of what else was tried, shown with the comparison.
@@ -130,6 +131,7 @@ def report(
     compared = compared or shown
     operations = operations if operations and operations.exists() else None
     studied = [] if studies_dir is None else _studies_on(dataset.title, studies_dir)
+    studied = [name for name in studied if ablations != studies_dir / name]
     places = {"output_dir": str(output_dir)}
     of_data = places | {"dataset": dataset.name}
     of_runs = places | {"runs_dir": str(shown[-1].path.parent), "tables_dir": str(tables_dir)}
@@ -200,6 +202,8 @@ def report(
         numbers[path] = {name: file for name, file in files.items() if file.suffix in NUMBERS}
     training = training or [run.path / "notebook.ipynb" for run in shown]
     trained = {path: run for path, run in zip(training, shown, strict=True) if path.exists()}
+    labels = dict(zip(training, runs.labels(shown), strict=True))
+    failures += [f"{path}: {why}" for path in trained if (why := reports.failure(path))]
     executed[3:3] = trained
     for path, run in trained.items():
         numbers[path] = {name: run.path / name for name in RUN_FILES if (run.path / name).exists()}
@@ -212,6 +216,7 @@ def report(
         headline=headline(shown),
         runs=all_runs(compared),
         numbers=numbers,
+        labels=labels,
         environment=shown[-1].environment,
         readme=readme,
     )
@@ -522,6 +527,7 @@ def _ablations(found: calibration.Results) -> pd.DataFrame:
     points = calibration.points(found).set_index("variant")
     first, *others = found.study["variants"]
     loss = points["val_accuracy"] - points.at[first, "val_accuracy"]
+    others = [name for name in others if name in points.index]  # the others have no complete trial
     return pd.DataFrame(
         {
             "training": name,

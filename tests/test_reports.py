@@ -220,12 +220,18 @@ def test_what_scrolls_can_be_reached_by_the_keyboard(report):
     assert '<pre tabindex="0">' in report.with_name("good.html").read_text()
 
 
-def test_a_run_s_page_names_the_run(executed, tmp_path):
-    run = tmp_path / "seed-run" / "notebook.ipynb"
+def test_the_page_of_a_run_is_named_after_its_folder_and_titled_by_its_label(executed, tmp_path):
+    run = tmp_path / "seed run 1" / "notebook.ipynb"
     run.parent.mkdir()
     run.write_bytes(executed[0].read_bytes())
-    index = reports.render([run], tmp_path / "report", title="T", dataset_title="CIFAR-100")
-    assert "<title>Squares: seed-run" in index.with_name("seed-run.html").read_text()
+    texts = {"title": "T", "dataset_title": "CIFAR-100"}
+    index = reports.render([run], tmp_path / "report", **texts)
+    assert "<title>Squares: seed-run-1 " in index.with_name("seed-run-1.html").read_text()
+
+    downloaded = index.parent / "notebooks" / "seed-run-1.ipynb"
+    labels = {downloaded: "seed, 2 epochs"}
+    index = reports.render([downloaded], tmp_path / "another", labels=labels, **texts)
+    assert "<title>Squares: seed, 2 epochs " in index.with_name("seed-run-1.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -388,14 +394,6 @@ def test_running_a_notebook_again_changes_no_page(executed, tmp_path):
 
 def test_a_downloaded_notebook_names_no_folder_of_this_machine(executed, report):
     assert str(executed[0].parent) not in (report.parent / "notebooks" / "good.ipynb").read_text()
-
-
-def test_run_folders_give_pages_their_name(executed, tmp_path):
-    run = tmp_path / "seed run 1" / "notebook.ipynb"
-    run.parent.mkdir()
-    run.write_bytes(executed[0].read_bytes())
-    reports.render([run], tmp_path / "report", title="T", dataset_title="CIFAR-100")
-    assert (tmp_path / "report" / "seed-run-1.html").is_file()
 
 
 @pytest.mark.parametrize(
