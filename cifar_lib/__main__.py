@@ -256,7 +256,11 @@ def _option(hint: object) -> dict:
 
     def settings(kind: type, metavar: str) -> dict:
         def convert(text: str) -> object:
-            return text if text == recipes.NONE and type(None) in kinds else kind(text)
+            if text == recipes.NONE and type(None) in kinds:
+                return text
+            if kind is bool:
+                return bool(("false", "true").index(text.lower()))  # bool() of any text is true
+            return kind(text)
 
         convert.__name__ = kind.__name__  # which argparse names in its messages
         return {"type": convert, "metavar": metavar}

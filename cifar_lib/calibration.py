@@ -432,7 +432,9 @@ def _edges(results: Results) -> list[str]:
     for name, value in best_point(results).items():
         search = results.study["parameters"][name]
         ends = search.get("values") or [search["low"], search["high"]]
-        if not all(isinstance(end, int | float) for end in ends) or len(set(ends)) == 1:
+        if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
+            continue
+        if len(set(ends)) == 1:
             continue
         # Values that were listed are tried themselves; in a range the end itself is hardly drawn.
         edge = 0 if "values" in search else EDGE

@@ -1223,7 +1223,7 @@ def _padded_norm(values: pd.Series) -> Normalize:
 def _scale(values: pd.Series, log: bool) -> tuple[pd.Series, dict[str, float]]:
     """Heights in 0..1 for values, and labels with their heights for the axis beside them."""
     unique = sorted(values.unique())
-    if not pd.api.types.is_numeric_dtype(values):
+    if pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values):
         places = {str(value): i for i, value in enumerate(unique)}
         last = max(len(unique) - 1, 1)
         ticks = {value: i / last if len(unique) > 1 else 0.5 for value, i in places.items()}

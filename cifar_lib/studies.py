@@ -1,7 +1,8 @@
 """Studies: what a calibration varies, how it searches and what it may cost, read from a YAML file.
 
-A study is checked whole when it is read: each point that it would try must make a recipe. Nothing
-here imports TensorFlow, Optuna or Dask, so a bad study is refused at once.
+A study is checked whole when it is read: each point that is known by then must make a recipe, and
+so must each value that a search may draw, by itself. Nothing here imports TensorFlow, Optuna or
+Dask, so a bad study is refused at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from cifar_lib.recipes import Recipe, RecipeError
 NOTEBOOK = ROOT / "notebooks" / "04_train.ipynb"
 SEARCHES = ("grid", "random", "tpe")
 PRUNERS = ("median", "percentile", "successive_halving", "hyperband", "patient", "threshold")
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*")
+#: What decides what the accuracy of a trial is measured on, so is the same for all.
+MEASURE = ("dataset", "protocol", "validation_size", "test_size")
 
 #: A value of one choice of a recipe.
 Value = int | float | str | bool | None
@@ -94,9 +97,14 @@ class Range:
         return tuple(dict.fromkeys(map(self._value, space(self.low, self.high, self.points))))
 
     def draw(self, random: np.random.Generator) -> Value:
+        # Rounding would give the ends of whole numbers half the weight of the others.
+        half = 0.5 if self.integer else 0
+        low, high = self.low - half, self.high + half
         if self.log:
-            return self._value(math.exp(random.uniform(math.log(self.low), math.log(self.high))))
-        return self._value(random.uniform(self.low, self.high))
+            number = math.exp(random.uniform(math.log(low), math.log(high)))
+        else:
+            number = random.uniform(low, high)
+        return min(max(self._value(number), self.low), self.high)
 
     def _value(self, number: float) -> Value:
         if self.integer:
@@ -174,7 +182,8 @@ class Study:
         if not self.follows or self.search == "grid":
             return None
         base = self.base()
-        return {name: getattr(base, name) for name in self.parameters}
+        values = {name: getattr(base, name) for name in self.parameters}
+        return {name: recipes.NONE if value is None else value for name, value in values.items()}
 
     def points(self) -> list[dict[str, Value]]:
         """The points that are known beforehand, in order; none with "tpe" but its start."""
@@ -339,8 +348,11 @@ class _Reader:
             )
         return name, options
 
-    def field(self, mapping: Mapping, name: str) -> None:
+    def field(self, mapping: Mapping, name: str, *, varied: bool = False) -> None:
         """Refuse a choice that the notebook does not have, or that is not a study's to make."""
+        if varied and name in MEASURE:
+            message = f"{name} decides what is measured: write it in choices, the same for all."
+            raise self.error(mapping, name, message)
         if name == "seed":
             raise self.error(mapping, name, "the seeds are chosen by the field `seeds`.")
         declared = parameters.declared(NOTEBOOK)
@@ -367,6 +379,12 @@ class _Reader:
             key = next((name for name in choices if name in str(error)), None)
             place = (self.content, "recipe") if key is None else (written, key)
             raise self.error(*place, str(error)) from error
+        if self.base.protocol == "final":
+            message = (
+                "the protocol 'final' has no validation images to choose by: add protocol: holdout "
+                "to choices."
+            )
+            raise self.error(self.content, "recipe", message)
         return {"test_size": 0, **choices}
 
     def variants(self) -> dict[str, dict[str, Value]]:
@@ -380,7 +398,7 @@ class _Reader:
                 message = f"{name} is {_plain(choices)!r}; write its choices as a mapping."
                 raise self.error(written, name, message)
             for key in choices:
-                self.field(choices, key)
+                self.field(choices, key, varied=True)
             try:
                 self.base.replace(**_plain(choices))
             except RecipeError as error:
@@ -393,10 +411,16 @@ class _Reader:
         if not written:
             raise self.error(self.content, "parameters", "name at least one parameter to vary.")
         for name in written:
-            self.field(written, name)
+            self.field(written, name, varied=True)
             value = _plain(written[name])
             try:
                 if isinstance(value, list):
+                    value = [recipes.NONE if item is None else item for item in value]
+                    if recipes.NONE in value and not all(isinstance(item, str) for item in value):
+                        raise StudyError(
+                            f"{name} has none beside other values than text: compare these as "
+                            "variants."
+                        )
                     spaces[name] = Values(tuple(value))
                 elif isinstance(value, dict):
                     for key in value:
@@ -445,6 +469,9 @@ class _Reader:
             raise self.error(top, "search", "random needs to know how many points: add trials.")
         if study.search == "tpe" and study.trials is None and study.minutes is None:
             raise self.error(top, "search", "tpe needs an end: add trials, or minutes.")
+        if study.search == "tpe" and study.repeat_best and study.trials is None:
+            message = "the best points are repeated after a number of trials: add trials."
+            raise self.error(top, "repeat_best", message)
         if study.name in study.follows:
             raise self.error(top, "follows", f"{study.name} cannot follow itself.")
         for point in study.points():

@@ -71,6 +71,10 @@ DASK = {
     "distributed.comm.timeouts.connect": f"{SECONDS_TO_CONNECT}s",
     "distributed.scheduler.allowed-failures": WORKERS_LOST - 1,
     "distributed.admin.system-monitor.gil.enabled": False,
+    # Else a tenth of a core does nothing but watch: trials are processes of their own, which this
+    # profiler does not see, and which need no 50 ticks a second.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
 }
 
 
@@ -136,6 +140,8 @@ def resolve(study: Study, studies_dir: Path) -> Study:
         try:
             found = calibration.read(studies_dir / name)
             variants = found.study.get("variants", {})
+            if not found.finished:
+                print(f"The study {name} is not finished: the best that it has so far is taken.")
             best[name] = studies.choices_at(variants, calibration.best_point(found))
         except runs.RunError as error:
             raise SweepError(
@@ -173,7 +179,7 @@ def dry_run(study: Study, studies_dir: Path) -> None:
     count = f"{len(planned)} trial" + ("" if len(planned) == 1 else "s")
     print(f"{study.name}: {count} of the recipe {study.recipe}")
     for name, point, seed in planned:
-        recipe = study.at(point, seed=seed)
+        recipe = study.at(point, seed=seed) if point else study.base().replace(seed=seed)
         images = len(data.make_splits(dataset, **recipe.split_choices).train)
         steps = recipe.epochs * -(-images // recipe.batch_size)
         seconds = 0.0
@@ -705,9 +711,9 @@ class _Driver:
             return self._take(trial, max(frozen.intermediate_values, default=0))
         if self._minutes() > (self.study.minutes or math.inf):
             return None
-        if not self.waiting and not self.running:
-            self._choose_repeats()
         more = self.study.search == "tpe" and self.points_asked < (self.study.trials or math.inf)
+        if not self.waiting and not self.running and not more:
+            self._choose_repeats()
         if not self.waiting and not more:
             return None
         trial = self.optuna.ask()
@@ -745,7 +751,12 @@ class _Driver:
 
     def _submit(self, running: _Running) -> None:
         number = running.trial.number
-        recipe = self.study.at(running.point, seed=running.seed)
+        running.began = time.time()
+        try:
+            recipe = self.study.at(running.point, seed=running.seed)
+        except recipes.RecipeError as error:  # choices that exclude each other, drawn by "tpe"
+            self._store(running, trials.Outcome(state=trials.FAILED, error=str(error)))
+            return
         order = trials.Order(
             study=self.identifier,
             number=number,
@@ -756,7 +767,6 @@ class _Driver:
             topic=self.topic,
         )
         good = [address for address, worker in self.workers.items() if not worker.wrong]
-        running.began = time.time()
         running.epochs = recipe.epochs
         running.future = self.client.submit(
             self.task,
@@ -884,11 +894,13 @@ class _Driver:
             }
         if outcome.state == trials.FINISHED:
             metrics = json.loads(outcome.files["metrics.json"])
+            # With the protocol "deck" the test images are those that validate.
+            measured = metrics.get("validation") or metrics["test"]
             environment = json.loads(outcome.files["environment.json"])
             record |= {
                 "state": "pruned" if metrics["stopped"] == "stop file" else "complete",
-                "val_accuracy": metrics["validation"]["accuracy"],
-                "val_loss": metrics["validation"]["loss"],
+                "val_accuracy": measured["accuracy"],
+                "val_loss": measured["loss"],
                 "train_images": metrics["train_images"],
                 "precision": environment["precision"],
             }

@@ -580,6 +580,8 @@ def _finish(
     } | {f"{name}_seconds": round(value, 3) for name, value in seconds.items()}
     runs.write_arrays(run.path / "predictions.npz", predictions)
     runs.write_arrays(run.path / "weights.npz", _numbered("", model.weights))
+    # A kill between the last checkpoint and its table has left this one epoch short.
+    runs.write_atomically(run.path / "history.csv", history.to_csv(index=False).encode())
     runs.write_json(run.path / "metrics.json", metrics)
     recorder.checkpoint.unlink(missing_ok=True)
     (run.path / STOP_FILE).unlink(missing_ok=True)
@@ -601,8 +603,8 @@ def range_test(
 
     Smith 2017, "Cyclical learning rates for training neural networks", section 3.3, with a rate
     that grows by the same factor from step to step, as in fastai. The network, the optimiser, the
-    augmentation, the batches and the precision are the recipe's; its learning rate and schedule are
-    not used, and nothing is validated or kept.
+    augmentation, the batches, the precision and the size of the first epoch's images are the
+    recipe's; its learning rate and schedule are not used, and nothing is validated or kept.
 
     Args:
         recipe: every choice.
@@ -632,7 +634,8 @@ def range_test(
     dataset = _recipes_dataset(recipe, dataset)
     train = data.make_splits(dataset, **recipe.split_choices).train
     # Keras lets the rate be set only where no schedule sets it.
-    batches, model = untrained(recipe.replace(schedule="constant", warmup=0.0), train)
+    constant = recipe.replace(schedule="constant", warmup=0.0)
+    batches, model = untrained(constant, train, recipe.image_size(0))
     rows = []
     mean, least = 0.0, math.inf
     rates = np.geomspace(lowest, highest, steps)

@@ -137,8 +137,11 @@ def describe(dataset: str) -> dict[str, str]:
     found |= dict.fromkeys(PACKAGES, "not installed") | installed(PACKAGES)
     found["KERAS_BACKEND"] = os.environ.get("KERAS_BACKEND", "tensorflow")
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "cifar_lib").glob("*.py")), NOTEBOOK]:
+    for path in sorted((ROOT / "cifar_lib").glob("*.py")):
         digest.update(path.read_bytes())
+    # What a run in JupyterLab has left in the notebook is no code.
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    digest.update(json.dumps(["".join(cell["source"]) for cell in cells]).encode())
     found["code of cifar_lib and 04_train"] = digest.hexdigest()[:12]
     digests = data.load(dataset, download=False).digests
     return found | {f"data {name}": digest[:12] for name, digest in digests.items()}
@@ -166,6 +169,18 @@ def differences(found: Mapping[str, object], expected: Mapping[str, object]) -> 
 def scratch(study: str, number: int) -> Path:
     """Where a trial works on its machine: the same place for its next attempt, which resumes."""
     return Path(tempfile.gettempdir(), f"cifar_lib-{getpass.getuser()}", study, f"{number:04d}")
+
+
+def _make_scratch() -> None:
+    """Make the folder of all studies on this machine, which nobody else may look into or exchange.
+
+    Raises:
+        PermissionError: another user made it.
+    """
+    folder = scratch("", 0).parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        raise PermissionError(f"{folder} belongs to another user: set TMPDIR to a folder of yours.")
 
 
 def stop(study: str, number: int) -> None:
@@ -201,13 +216,14 @@ def run(order: Order) -> Outcome:
     def tell(**event: object) -> None:
         worker.log_event(order.topic, {"trial": order.number, "worker": worker.address} | event)
 
+    _make_scratch()
     folder = scratch(order.study, order.number)
     # All of it in the slot: an earlier attempt of a lost scheduler may end here at this moment, and
     # remove its folder.
     with _slot(order, wanted) as slot:
         if slot is None:
             return Outcome(state=ABANDONED, host=host)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         tell(what="started", host=host)
         error = _watch(order, folder, slot, wanted, tell)
@@ -224,7 +240,7 @@ def run(order: Order) -> Outcome:
 def _slot(order: Order, wanted) -> Iterator[Slot | None]:
     """Wait for a free part of the machine; None if the trial is no longer wanted."""
     places = scratch(order.study, 0).with_name("slots")
-    places.mkdir(parents=True, exist_ok=True, mode=0o700)
+    places.mkdir(parents=True, exist_ok=True)
     while wanted():
         for slot in slots(order.cores):
             lock = filelock.FileLock(places / slot.name)
@@ -293,7 +309,8 @@ def _watch(order: Order, folder: Path, slot: Slot, wanted, tell) -> str:
 def _history(path: Path) -> list[dict[str, float]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            # pandas writes NaN as nothing.
+            return [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
     except FileNotFoundError:
         return []
 

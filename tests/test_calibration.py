@@ -257,11 +257,12 @@ def test_an_optimum_on_the_edge_asks_for_a_wider_range(tmp_path, search, tried, 
     assert re.findall(r"edge of what was tried .*widened (\w+)", said) == ([way] if way else [])
 
 
-def test_text_has_no_edge(tmp_path):
-    parameters = {"optimizer": {"values": ["adam", "sgd"]}}
-    rows = [trial(0.3, optimizer="adam"), trial(0.2, optimizer="sgd")]
-    said = calibration.conclusion(write(tmp_path / "study", parameters, rows))
-    assert "Use **optimizer adam**" in said
+@pytest.mark.parametrize("values", [["adam", "sgd"], [True, False]])
+def test_what_is_no_number_has_no_edge(tmp_path, values):
+    rows = [trial(0.3, choice=values[0]), trial(0.2, choice=values[1])]
+    study = write(tmp_path / "study", {"choice": {"values": values}}, rows)
+    said = calibration.conclusion(study)
+    assert f"Use **choice {values[0]}**" in said
     assert "edge" not in said
 
 

@@ -453,6 +453,12 @@ def test_parallel_coordinates_respect_scales_and_states():
     assert_text_is_inside(figure)
 
 
+def test_parallel_coordinates_name_what_is_true_and_false():
+    table = trials(whitening=[True, False], mixing=["none", "mixup"], val_accuracy=[0.1, 0.2])
+    figure = figures.parallel_coordinates(table, ["whitening", "mixing"], "CIFAR-100")
+    assert {"True", "False", "none", "mixup"} <= set(texts(figure))
+
+
 def test_parallel_coordinates_of_one_trial_are_drawn():
     table = trials(learning_rate=[1e-3], optimizer=["adam"], val_accuracy=[0.1])
     figure = figures.parallel_coordinates(table, ["learning_rate", "optimizer"], "CIFAR-100")

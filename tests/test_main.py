@@ -73,6 +73,7 @@ def test_help_of_train_lists_every_choice():
         ["train"],
         ["train", "seed", "--epochs", "many"],
         ["train", "seed", "--epochs", "none"],
+        ["train", "fast", "--whitening", "no"],
         ["train", "seed", "--learning", "0.1", "--epoch"],
         ["data", "--dataset", "cifar10"],
         ["predict", "cat.jpg", "--run", "mine", "--weights", "seed"],
@@ -90,6 +91,12 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
 def test_choices_are_taken_back_on_the_command_line():
     options = _parser().parse_args(["train", "fast", "--image-sizes", "none", "--mixing", "none"])
     assert _recipe(options) == recipes.get("fast", image_sizes=None)
+
+
+def test_what_is_true_or_false_is_so_on_the_command_line():
+    written = ["train", "fast", "--whitening", "False", "--identity-filters", "true"]
+    recipe = _recipe(_parser().parse_args(written))
+    assert (recipe.whitening, recipe.identity_filters) == (False, True)
 
 
 def test_data_says_what_is_there(synthetic, capsys):
@@ -241,12 +248,14 @@ def test_a_dry_run_counts_the_steps_at_every_image_size(synthetic, tmp_path, cap
     study.write_text(
         "recipe: fast\nchoices: {dataset: synthetic, protocol: holdout, train_size: 100, "
         "validation_size: 100, batch_size: 50, epochs: 3, image_sizes: [12, 16], "
-        "model: airbench}\nvariants: {all: {}}\n",
+        "model: airbench}\nvariants: {all: {}}\nrepeat_best: {points: 1, seeds: 2}\n",
         encoding="utf-8",
     )
     assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out"), "--dry-run"]) == 0
-    _, trial, _ = capsys.readouterr().out.splitlines()
-    assert re.match(r" +0  variant all, seed 0: 6 steps of \d+ ms, \d+:\d\d$", trial)
+    _, trial, repeat, _ = capsys.readouterr().out.splitlines()
+    steps = r"6 steps of \d+ ms, \d+:\d\d$"
+    assert re.match(rf" +0  variant all, seed 0: {steps}", trial)
+    assert re.match(rf"repeat  values that the search chooses, seed 1: {steps}", repeat)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The run folder: written whole or not at all, read back, and never mixed up."""
 
+import io
 import json
 import os
 import pickle
@@ -124,6 +125,16 @@ def test_arrays_that_hold_pickles_are_not_read(tmp_path, monkeypatch):
     with pytest.raises(runs.RunError, match="pickle"):
         runs.load("run").predictions()
     assert not Path("intruder").exists()
+
+
+def test_a_damaged_file_of_arrays_is_named(tmp_path):
+    damaged = tmp_path / "weights.npz"
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    for content in (b"", array.getvalue()):
+        damaged.write_bytes(content)
+        with pytest.raises(runs.RunError, match=r"weights\.npz is no file of plain arrays"):
+            runs.read_arrays(damaged)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

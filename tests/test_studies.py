@@ -233,6 +233,33 @@ WRONG = {
         6,
         "field 'seed' is unknown. Did you mean 'seeds'?",
     ),
+    "repeats without an end": (
+        DRAWN.replace("random", "tpe").replace("trials: 40", "minutes: 5")
+        + "repeat_best: {points: 1, seeds: 2}\n",
+        10,
+        "repeated after a number of trials: add trials",
+    ),
+    "no validation images": (
+        VARIANTS.replace("protocol: holdout", "test_size: 100"),
+        1,
+        "add protocol: holdout to choices",
+    ),
+    "what the accuracy is measured on": (
+        GRID + "  validation_size: [1000, 5000]\n",
+        4,
+        "validation_size decides what is measured: write it in choices",
+    ),
+    "variants of other data": (
+        VARIANTS + "  drawn: {dataset: synthetic}\n",
+        6,
+        "dataset decides what is measured: write it in choices",
+    ),
+    "none beside numbers": (
+        GRID + "  early_stopping_patience: [null, 3]\n",
+        4,
+        "early_stopping_patience has none beside other values than text: compare these as variants",
+    ),
+    "a name that leaves the folder": (GRID + "name: ..\n", 4, "name is '..'; use letters"),
     "syntax": (GRID + "search: [grid\nseeds: 1\n", 5, "expected ',' or ']'"),
 }
 
@@ -320,6 +347,25 @@ def test_a_grid_is_every_combination_with_every_seed(load):
     assert len(planned) == 12
     # The first seed of all points is done before the second of any.
     assert [seed for _, seed in planned] == [0] * 6 + [1] * 6
+
+
+def test_every_whole_number_is_drawn_alike():
+    random = np.random.default_rng(0)
+    for log in (False, True):
+        drawn = [Range(1, 3, log=log).draw(random) for _ in range(3000)]
+        found = [drawn.count(value) for value in (1, 2, 3)]
+        if log:  # equal ratios count alike, from a half below to a half above
+            expected = np.diff(np.log([0.5, 1.5, 2.5, 3.5])) / math.log(7) * 3000
+        else:
+            expected = [1000] * 3
+        assert sum(found) == 3000
+        assert found == pytest.approx(expected, abs=150)
+
+
+def test_no_value_is_a_value_by_its_name(load):
+    study = load(GRID + "  mixing: [null, mixup]\n")
+    assert [point["mixing"] for point in study.points()[:2]] == [recipes.NONE, "mixup"]
+    assert study.at(study.points()[0]).mixing is None
 
 
 def test_random_points_lie_inside_and_are_the_same_everywhere(load, tmp_path):

@@ -33,14 +33,15 @@ DEADLINE = 1800
 SECONDS_UNTIL_GONE = 10
 MARK = "CIFAR_LIB_TEST_PLACE"
 TRIAL = """\
-recipe: seed
+recipe: fast
 cores_per_trial: 1
-choices: {dataset: synthetic, train_size: 100, validation_size: 100, batch_size: 50, epochs: 4,
-  augmentation: none, optimizer: adam, precision: float32}
+choices: {dataset: synthetic, protocol: holdout, train_size: 100, validation_size: 100,
+  batch_size: 50, epochs: 4, image_sizes: [12], augmentation: none, optimizer: adam,
+  precision: float32}
 """
 STUDIES = {
     "grid": TRIAL + "parameters: {learning_rate: [0.0001, 0.001, 0.003]}\n",
-    "random": TRIAL
+    "random": TRIAL.replace("protocol: holdout", "protocol: deck, test_size: 100")
     + """\
 parameters: {learning_rate: {low: 1e-4, high: 1e-2, log: true}}
 search: random
@@ -515,6 +516,35 @@ def test_a_search_has_as_many_trials_as_asked_for_however_often_it_is_killed(sce
     pd.testing.assert_frame_equal(more[:12], table)
     best = more["learning_rate"][more["val_accuracy"].idxmax()]
     assert list(made_up.table("following")["learning_rate"]) == [best]
+
+
+# A rate of its own for the filters is Muon's alone; the ends of the range are well with the recipe.
+EXCLUSIVE = """\
+recipe: seed-onecycle
+cores_per_trial: 1
+choices: {dataset: synthetic, protocol: holdout, train_size: 200, validation_size: 100}
+parameters:
+  learning_rate: {low: 1e-4, high: 1e-2, log: true}
+  filter_learning_rate: {low: 0.01, high: 0.1}
+  optimizer: [muon, sgd]
+search: {tpe: {n_startup_trials: 8}}
+trials: 8
+repeat_best: {points: 1, seeds: 2}
+"""
+
+
+def test_a_search_goes_on_after_impossible_points_and_repeats_the_best(made_up):
+    made_up.write("exclusive", EXCLUSIVE)
+    made_up.make_up("exclusive").ends(0)
+    table = made_up.table("exclusive")
+    assert list(table["seed"]) == [0] * 8 + [1]
+    impossible = table["optimizer"] == "sgd"
+    assert 0 < impossible.sum() < 8
+    assert set(table["state"][impossible]) == {"failed"}
+    assert table["error"][impossible].str.contains("filter_learning_rate").all()
+    assert set(table["state"][~impossible]) == {"complete"}
+    best = table["val_accuracy"][:8].idxmax()
+    assert table["learning_rate"][8] == table["learning_rate"][best]
 
 
 @pytest.mark.parametrize(
