@@ -45,7 +45,7 @@ test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes 
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 test-browser: $(VENV)/.ready ## Operate notebooks and reports in Chromium
-	$(RUN) -m pytest tests/browser $(PARALLEL) $(ARGS)
+	$(RUN) -m pytest tests/browser $(ARGS)
 
 # Pictures that are dropped into a notebook may be larger than the 10 MB of a usual message.
 lab: filter ## Open the notebooks in JupyterLab
@@ -66,7 +66,7 @@ filter: $(VENV)/.ready ## Keep what notebooks put out away from git (make lab do
 pages: $(VENV)/.ready ## Make figures/, reports/ and README's tables of results/ again (some minutes)
 	$(RUN) -m cifar_lib reference --pages $(ARGS)
 
-reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ again (four hours on 2 cores)
+reference: $(VENV)/.ready ## Make results/, figures/, reports/ and weights/ again (seven hours on 2 cores)
 	$(RUN) benchmarks/data_loading.py --out results/benchmarks/data_loading.json
 	$(RUN) benchmarks/augmentation.py --out results/benchmarks/augmentation.json
 	$(RUN) benchmarks/throughput.py --out results/benchmarks/throughput.json

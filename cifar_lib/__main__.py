@@ -15,6 +15,7 @@ from cifar_lib import ROOT, recipes
 
 EXAMPLES = """\
 examples:
+  python -m cifar_lib demo                                 all of it, small
   python -m cifar_lib data                                 find, download and verify CIFAR-100
   python -m cifar_lib train quick                          a few minutes' training
   python -m cifar_lib train seed --epochs 10 --seed 1      a recipe with some choices changed
@@ -30,6 +31,24 @@ A run that was interrupted continues when the same command is given again.
 
 exit codes: 0 done, 1 the run failed, 2 usage or recipe, 3 data, 130 interrupted
 """
+
+
+RECIPES_FIRST = f"""\
+recipes: {", ".join(recipes.RECIPES)}
+They come before options that take several values.
+"""
+#: Where a choice of a recipe is one of some names.
+NAMES = {
+    "dataset": recipes.DATASETS,
+    "model": recipes.MODELS,
+    "activation": recipes.ACTIVATIONS,
+    "augmentation": recipes.AUGMENTATIONS,
+    "mixing": recipes.MIXINGS,
+    "optimizer": recipes.OPTIMIZERS,
+    "schedule": recipes.SCHEDULES,
+    "precision": recipes.PRECISIONS,
+    "protocol": recipes.PROTOCOLS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train and test a recipe's network, or continue an interrupted run",
-        epilog="recipes: " + ", ".join(recipes.RECIPES),
+        epilog=RECIPES_FIRST,
     )
     train.add_argument("--run-name", help="the run folder's name; by default made from the recipe")
     _add_recipe(train)
@@ -104,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     range_test = add(
         "range-test",
         _range_test,
-        "train shortly while the learning rate rises, draw the loss and suggest a rate",
-        epilog="recipes: " + ", ".join(recipes.RECIPES),
+        "train briefly while the learning rate rises, draw the loss and suggest a rate",
+        epilog=RECIPES_FIRST,
     )
     for name, kind, what in (
         ("--steps", int, "batches to train on, by default 300"),
@@ -133,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help="by default all finished and tested runs of the newest one's data set",
     )
     _add_runs_dir(report)
-    report.add_argument("--out", type=Path, help="by default the folder report beside the runs")
+    report.add_argument("--out", type=Path, help="by default the folder report in --runs-dir")
     report.add_argument(
         "--fresh",
         action="store_true",
@@ -149,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         _sweep,
         "run the trials of calibration studies, on this machine or a Dask cluster",
+        epilog="The studies come before options that take several values.",
     )
     sweep.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="a YAML file")
     sweep.add_argument(
@@ -179,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "benchmark",
         _benchmark,
         "measure how fast this machine trains the recipes, on each backend that is installed",
-        epilog="recipes: " + ", ".join(recipes.RECIPES),
+        epilog=RECIPES_FIRST,
     )
     benchmark.add_argument(
         "names", nargs="*", metavar="RECIPE", help="by default all that differ in speed"
@@ -198,7 +218,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the table and its picture",
     )
 
-    reference = add("reference", _reference, "make the reference results and their report again")
+    reference = add(
+        "reference",
+        _reference,
+        "make results/, weights/, figures/, reports/ and README's tables again, which takes hours",
+    )
     _add_runs_dir(reference)
     reference.add_argument(
         "--pages", action="store_true", help="train nothing: make figures and pages of results/"
@@ -237,7 +261,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     for field, hint in typing.get_type_hints(recipes.Recipe).items():
         if field != "name":
-            choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint))
+            known = ", ".join(NAMES.get(field, ())) or None
+            choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint), help=known)
 
 
 def _recipe(options: argparse.Namespace) -> recipes.Recipe:

@@ -67,8 +67,8 @@ MOST_PIXELS_FOR_PRODUCTS = 64
 def convolution(inputs, kernel, padding: str):
     """A convolution (N, H, W, I) * (height, width, I, O) on TensorFlow, without strides.
 
-    On small maps, oneDNN computes the gradient of the filters at a third of the speed of its
-    products of matrices, and computes that of the padding, too.
+    On small maps, oneDNN computes the gradient of the filters in bfloat16 slower than a product of
+    matrices does (`results/benchmarks/operations.json`), and computes that of the padding, too.
     """
     import tensorflow as tf
 

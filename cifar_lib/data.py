@@ -22,6 +22,7 @@ import numpy as np
 import platformdirs
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cifar_lib import ROOT
 from cifar_lib.recipes import PROTOCOLS
 
 IMAGE_SHAPE = (32, 32, 3)
@@ -161,16 +162,16 @@ def _usual_folders() -> list[Path]:
     keras_home = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
     return [
         keras_home / "datasets" / "cifar-100-python-target" / "cifar-100-python",
-        Path("data", "cifar-100-python").absolute(),
+        ROOT / "data" / "cifar-100-python",  # not of the working directory, a notebook's is another
     ]
 
 
 def find() -> Path | None:
     """The first folder that holds the official `train`, `test` and `meta`, or None.
 
-    Looks in `CIFAR100_DIR`, else in the Keras cache and in torchvision's usual
-    `data/cifar-100-python`. Raises DataError when `CIFAR100_DIR` is set but lacks a file: other
-    data is never taken in its place.
+    Looks in `CIFAR100_DIR`, else in the Keras cache and in the repository's
+    `data/cifar-100-python`, as torchvision would call it. Raises DataError when `CIFAR100_DIR` is
+    set but lacks a file: other data is never taken in its place.
     """
     named = os.environ.get("CIFAR100_DIR")
     if named:

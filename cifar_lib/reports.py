@@ -302,11 +302,13 @@ def render(
         _write_source(source, pages, overview, dataset_title, runs)
         _run_sphinx(source, built, title, banner)
         if readme:
-            note = "Clone the repository and open `index.html` for the pages with all figures.\n"
             if runs is not None:
                 sections["All runs"] = f"{markdown_table(runs)}\n\n{RUNS_LINK}"
+            # A code host shows the source of what these lead to.
+            note = "To read the pages, clone the repository and open `index.html` of this folder."
+            described = (title, dataset_title, banner, f"{note}\n\n{introduction}")
             overview = _overview(pages, *described, sections, environment)
-            (built / "README.md").write_text(f"{overview}\n{note}", encoding="utf-8")
+            (built / "README.md").write_text(overview, encoding="utf-8")
         _publish(built, out)
     return out / "index.html"
 
@@ -558,7 +560,7 @@ def _overview(
             parts.append(f'<p class="picture"><a href="{page.name}.html">{picture}</a></p>')
         parts.append(f"{_link(f'{page.name}.html', 'Read the page')} · {_notebook_link(page.name)}")
     if environment:
-        parts += ["## How it was made", markdown_table(_environment_table(environment))]
+        parts += ["## How the last run was made", markdown_table(_environment_table(environment))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

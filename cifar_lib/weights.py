@@ -260,7 +260,8 @@ whose class is right; `precision`, `recall` and `f1` are of the superclass:
 
 {reports.markdown_table(superclasses)}
 
-`python -m cifar_lib evaluate --weights {name}` gives these numbers again.
+`python -m cifar_lib evaluate --weights {name}` gives the first table's "this file" again, with
+`--flip` the second's.
 
 ## Data
 
@@ -284,7 +285,9 @@ minutes, on the {environment["device"]} of a machine with {environment["threads"
 ## Limits
 
 - It knows pictures of 32 x 32 pixels, as CIFAR-100's, and nothing but its 100 classes: whatever the
-  picture shows, it answers one of them, often surely.
+  picture shows, it answers one of them.
+- Its probabilities rank the classes, but are not chances: the expected calibration error says how
+  far its confidence is from the share of right answers, on average.
 - It was trained and tested on a single data set, whose pictures were collected from the web by
   search words; its biases, in what is shown and how it is named, are the network's.
 - Some classes are people (baby, boy, girl, man, woman). It is not for decisions about people.

@@ -458,15 +458,17 @@ def readme_tables(results: Path) -> dict[str, str]:
     if beside_pytorch.exists():  # PyTorch is no dependency: it may never have been measured
         tables["speed"] = _beside_pytorch(beside_pytorch)
     augmentation = json.loads((results / "benchmarks" / "augmentation.json").read_text("utf-8"))
-    tables["augmentation speed"] = pd.DataFrame(augmentation["throughput"])
+    tables["augmentation speed"] = pd.DataFrame(augmentation["throughput"]).rename(
+        columns={"images_per_second": "images/s"}
+    )
     loading = json.loads((results / "benchmarks" / "data_loading.json").read_text("utf-8"))
     tables["loading speed"] = pd.DataFrame(
         {
             "what": name,
-            "seconds": f"{row['load']:.2f}",
-            "with a sum over every pixel": f"{row['load_and_sum']:.2f}",
-            "lowest": f"{row['lowest']:.2f}",
-            "highest": f"{row['highest']:.2f}",
+            "seconds": f"{row['load']:.3f}",
+            "with a sum over every pixel": f"{row['load_and_sum']:.3f}",
+            "lowest with the sum": f"{row['lowest']:.3f}",
+            "highest with the sum": f"{row['highest']:.3f}",
         }
         for name, row in loading["seconds"].items()
     )
@@ -551,8 +553,8 @@ def _sweep_costs(path: Path) -> pd.DataFrame:
             f"each of {empty['trials']:,} trials that do nothing": (
                 f"{empty['milliseconds_a_trial']:.1f} ms"
             ),
-            f"share of {waiting['threads']} threads' time that trials had, "
-            f"{waiting['seconds_a_trial']:.0f} s each": percent(waiting["efficiency"]),
+            f"share of {waiting['threads']} threads' time spent in trials of "
+            f"{waiting['seconds_a_trial']:.0f} s": percent(waiting["efficiency"]),
         }.items(),
         columns=["what", "cost"],
     )

@@ -354,10 +354,9 @@ def test_every_whole_number_is_drawn_alike():
     for log in (False, True):
         drawn = [Range(1, 3, log=log).draw(random) for _ in range(3000)]
         found = [drawn.count(value) for value in (1, 2, 3)]
-        if log:  # equal ratios count alike, from a half below to a half above
-            expected = np.diff(np.log([0.5, 1.5, 2.5, 3.5])) / math.log(7) * 3000
-        else:
-            expected = [1000] * 3
+        # Equal ratios count alike, from a half below to a half above.
+        ratios = np.diff(np.log([0.5, 1.5, 2.5, 3.5])) / math.log(7)
+        expected = 3000 * ratios if log else [1000] * 3
         assert sum(found) == 3000
         assert found == pytest.approx(expected, abs=150)
 

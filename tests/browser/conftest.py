@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,32 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found[0], args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_report(
+    browser: Browser, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future]:
+    """Becomes the index of a report on two runs of the stand-in, made by the command line.
+
+    It is begun before the first test, whichever that is, and made while notebooks are operated.
+    """
+    folder = tmp_path_factory.mktemp("small-report")
+    runs, out = folder / "runs", folder / "report"
+
+    def make() -> Path:
+        small = ["--train-size=200", "--validation-size=100", "--test-size=200", "--epochs=1"]
+        train = ["train", "quick", "--dataset=synthetic", *small, f"--runs-dir={runs}"]
+        report = ["report", f"--runs-dir={runs}", f"--out={out}"]
+        for command in ([*train, "--seed=0"], [*train, "--seed=1"], report):
+            done = subprocess.run(
+                [sys.executable, "-m", "cifar_lib", *command], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        return out / "index.html"
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(make)
 
 
 @dataclass(frozen=True)
