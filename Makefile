@@ -16,9 +16,6 @@ CELL := editable jupyter papermill slideshow vscode
 EXTRA_KEYS = metadata.papermill $(LANGUAGE:%=metadata.language_info.%) $(CELL:%=cell.metadata.%)
 # On Linux without a display no browser can open: JupyterLab prints the address alone.
 NO_BROWSER = $(if $(DISPLAY)$(WAYLAND_DISPLAY),,$(if $(filter Linux,$(shell uname)),--no-browser))
-# Files of tests run side by side; the long ones would come last if they were ordered by their number
-# of tests. One after the other, as for a debugger: make test ARGS="-n 0"
-PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # The first of these whose version is supported makes .venv.
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 # A user's own pip settings must not install outside .venv.
@@ -39,10 +36,10 @@ demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 mi
 report: $(VENV)/.ready ## Make pages of all finished runs; only what changed is executed again
 	$(RUN) -m cifar_lib report $(ARGS)
 
-test: $(VENV)/.ready-test ## Check the style and run the tests (9 to 15 minutes on 2 cores)
+test: $(VENV)/.ready-test ## Check the style and run the tests (13 to 25 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest $(PARALLEL) $(ARGS)
+	$(RUN) -m pytest $(ARGS)
 
 test-browser: $(VENV)/.ready ## Operate notebooks and reports in Chromium
 	$(RUN) -m pytest tests/browser $(ARGS)
