@@ -32,23 +32,10 @@ A run that was interrupted continues when the same command is given again.
 exit codes: 0 done, 1 the run failed, 2 usage or recipe, 3 data, 130 interrupted
 """
 
-
 RECIPES_FIRST = f"""\
 recipes: {", ".join(recipes.RECIPES)}
 They come before options that take several values.
 """
-#: Where a choice of a recipe is one of some names.
-NAMES = {
-    "dataset": recipes.DATASETS,
-    "model": recipes.MODELS,
-    "activation": recipes.ACTIVATIONS,
-    "augmentation": recipes.AUGMENTATIONS,
-    "mixing": recipes.MIXINGS,
-    "optimizer": recipes.OPTIMIZERS,
-    "schedule": recipes.SCHEDULES,
-    "precision": recipes.PRECISIONS,
-    "protocol": recipes.PROTOCOLS,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,7 +248,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     for field, hint in typing.get_type_hints(recipes.Recipe).items():
         if field != "name":
-            known = ", ".join(NAMES.get(field, ())) or None
+            known = ", ".join(recipes.NAMES.get(field, ())) or None
             choices.add_argument(f"--{field.replace('_', '-')}", **_option(hint), help=known)
 
 

@@ -33,6 +33,18 @@ OPTIMIZERS = ("adam", "rmsprop", "sgd", "muon")
 SCHEDULES = ("constant", "inverse_time", "cosine", "linear")
 PRECISIONS = ("float32", "bfloat16", "auto")
 PROTOCOLS = ("holdout", "final", "deck")
+#: The choices that are one of some names.
+NAMES = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "augmentation": AUGMENTATIONS,
+    "mixing": MIXINGS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "protocol": PROTOCOLS,
+    "activation": ACTIVATIONS,
+}
 
 #: In place of a value, what takes back a choice that may be left out: where None is "the recipe's",
 #: as in a notebook's parameters, it alone can. The choice is None then.
@@ -144,17 +156,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, hint in typing.get_type_hints(Recipe).items():
             object.__setattr__(self, field, _typed(field, getattr(self, field), hint))
-        for field, names in (
-            ("dataset", DATASETS),
-            ("model", MODELS),
-            ("augmentation", AUGMENTATIONS),
-            ("mixing", MIXINGS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("protocol", PROTOCOLS),
-            ("activation", ACTIVATIONS),
-        ):
+        for field, names in NAMES.items():
             if getattr(self, field) not in names and getattr(self, field) is not None:
                 raise RecipeError(unknown(field, getattr(self, field), names))
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -423,6 +423,9 @@ class Recorder(keras.callbacks.Callback):
             arrays |= _numbered("best", self.early_stopping.best_weights or [])
         arrays["state"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
         runs.write_arrays(self.checkpoint, arrays)
+        self.write_history()
+
+    def write_history(self) -> None:
         history = pd.DataFrame(self.history).to_csv(index=False)
         runs.write_atomically(self.run_dir / "history.csv", history.encode())
 
@@ -581,7 +584,7 @@ def _finish(
     runs.write_arrays(run.path / "predictions.npz", predictions)
     runs.write_arrays(run.path / "weights.npz", _numbered("", model.weights))
     # A kill between the last checkpoint and its table has left this one epoch short.
-    runs.write_atomically(run.path / "history.csv", history.to_csv(index=False).encode())
+    recorder.write_history()
     runs.write_json(run.path / "metrics.json", metrics)
     recorder.checkpoint.unlink(missing_ok=True)
     (run.path / STOP_FILE).unlink(missing_ok=True)

@@ -36,10 +36,10 @@ PATIENCE = 180
 expect.set_options(timeout=1000 * PATIENCE)
 
 
-@pytest.fixture(scope="module")
-def artefacts(request: pytest.FixtureRequest) -> Path:
-    """The folder of a module's screenshots and of the server's log, empty at first."""
-    folder = ROOT / "runs" / "browser" / request.module.__name__.removeprefix("test_")
+@pytest.fixture(scope="session")
+def artefacts() -> Path:
+    """The folder of screenshots and of the server's log, empty at first."""
+    folder = ROOT / "runs" / "browser"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -108,7 +108,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def jupyterlab(
     workplace: Path, artefacts: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[JupyterLab]:
