@@ -22,7 +22,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -246,19 +246,29 @@ def opened(path: Path, recipe: Recipe) -> Iterator[Run]:
         lock.release()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(
+    path: Path, data: bytes, *, owner: str = "", check: Callable[[], None] | None = None
+) -> None:
     """Write a file whole or not at all: whatever happens, `path` holds its old content or `data`.
+
+    Args:
+        path: the file.
+        data: its new content.
+        owner: of the partial file, where several processes might write one.
+        check: called right before the file is replaced; if it raises, `path` is as it was.
 
     Raises:
         RunError: the disk is full; `path` is as it was.
     """
     # A fixed name: what a killed process left is written over, and `opened` sweeps it up.
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = path.with_name(f".{path.name}{owner}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if check:
+            check()
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -272,7 +282,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, as_json(content))
+
+
+def as_json(content: object) -> bytes:
+    """The content of a file that people read, too."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

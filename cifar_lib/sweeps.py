@@ -253,6 +253,14 @@ class _Lease:
                 f"by {who}. Nothing more is written here."
             )
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """Write a file whole, unless another process has taken over.
+
+        This one may have been suspended while it wrote: what is half written is its own, and the
+        lease is read once more right before the file is replaced.
+        """
+        runs.write_atomically(path, data, owner=f".{self.token}", check=self.check)
+
     def release(self) -> None:
         self.ended.set()
         self.thread.join()
@@ -555,6 +563,8 @@ class _Driver:
         """Take in the trials whose folders are there; Optuna may not have been told of the last."""
         for partial in self.trials_dir.glob(f"*{runs.PARTIAL}"):
             shutil.rmtree(partial)
+        for partial in self.folder.glob(f".[!.]*{runs.PARTIAL}"):  # not a lease's
+            partial.unlink()
         for path in sorted(self.trials_dir.glob("*/trial.json")):
             number = int(path.parent.name)
             self.records[number] = json.loads(path.read_text(encoding="utf-8"))
@@ -843,7 +853,7 @@ class _Driver:
         )
         record["weights"] = record["state"] == "complete" and record["val_accuracy"] > best
         folder = self.trials_dir / TRIAL_FOLDER.format(number)
-        partial = folder.with_name(f".{folder.name}{runs.PARTIAL}")
+        partial = folder.with_name(f".{folder.name}.{self.lease.token}{runs.PARTIAL}")
         self.lease.check()
         partial.mkdir()
         try:
@@ -851,9 +861,12 @@ class _Driver:
                 if name != "weights.npz" or record["weights"]:
                     runs.write_atomically(partial / name, content)
             runs.write_json(partial / "trial.json", record)
+            self.lease.check()
             partial.rename(folder)
         except BaseException:
-            shutil.rmtree(partial)
+            # Who has taken over meanwhile has swept it up.
+            shutil.rmtree(partial, ignore_errors=True)
+            self.lease.check()
             raise
         self.records[number] = record
         self.histories[number] = running.history
@@ -969,11 +982,9 @@ class _Driver:
         table = pd.DataFrame(rows, columns=list(columns))
         for name in ("seed", "best_epoch", "epochs", "epochs_run", "train_images", "attempts"):
             table[name] = table[name].astype("Int64")
-        _write_csv(self.folder / "trials.csv", table)
-        _write_csv(
-            self.folder / "histories.csv",
-            pd.DataFrame(histories, columns=list(calibration.HISTORY_COLUMNS)),
-        )
+        history = pd.DataFrame(histories, columns=list(calibration.HISTORY_COLUMNS))
+        for name, content in (("trials.csv", table), ("histories.csv", history)):
+            self.lease.replace(self.folder / name, content.to_csv(index=False).encode())
 
     def _describe_environment(self) -> None:
         """Add to `study.json` what the trials ran on."""
@@ -982,7 +993,7 @@ class _Driver:
         environments = sorted(self.trials_dir.glob("*/environment.json"))
         if environments:
             content["environment"] = json.loads(environments[-1].read_text(encoding="utf-8"))
-            runs.write_json(path, content)
+            self.lease.replace(path, runs.as_json(content))
 
 
 def _suggest(trial: optuna.Trial, name: str, space: studies.Range | Values) -> Value:
@@ -1016,10 +1027,6 @@ def _explain(error: BaseException) -> str:
     if type(error).__name__ == "KilledWorker":
         return f"{WORKERS_LOST} workers died while they ran it, often because memory was full."
     return f"{type(error).__name__}: {error}"
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    runs.write_atomically(path, table.to_csv(index=False).encode())
 
 
 def _clock(seconds: float) -> str:

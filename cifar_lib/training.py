@@ -184,6 +184,11 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
         metrics=["accuracy"],
         jit_compile=backend.jit_compile(),
     )
+    # Else the first step makes the metrics' variables, and TensorFlow traces it twice.
+    scores = np.full((1, model.output_shape[-1]), 0.5, np.float32)
+    labels = scores if recipe.soft_labels else np.zeros(1, np.int64)
+    model.compute_metrics(None, labels, scores)
+    model.reset_metrics()
 
 
 def training_batches(recipe: Recipe, train: data.Split, size: int = SIDE) -> augmentation.Batches:

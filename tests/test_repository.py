@@ -46,15 +46,16 @@ def test_notebooks_are_stored_clean(path):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """Calls a program in a repository of its own, with the notebooks and after `make filter`."""
+    """Calls a program in a repository of its own, with a notebook and after `make filter`."""
     for program in ("make", "git"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # set where a hook runs the tests
         monkeypatch.delenv(name, raising=False)
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    (tmp_path / "reports" / "notebooks").mkdir(parents=True)
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in ("notebooks", "reports/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("Makefile", "notebooks/.gitattributes", f"notebooks/{NOTEBOOKS[0].name}"):
+        shutil.copy(ROOT / name, tmp_path / name)
 
     def call(*arguments):
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
@@ -67,7 +68,7 @@ def checkout(tmp_path, monkeypatch):
     call("git", "init", "--quiet")
     call("git", "add", ".")
     author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
-    call("git", *author, "commit", "--quiet", "--message", "Notebooks")
+    call("git", *author, "commit", "--quiet", "--message", "A notebook")
     call(*make)
     return tmp_path, call
 
@@ -75,31 +76,30 @@ def checkout(tmp_path, monkeypatch):
 def test_outputs_of_notebooks_stay_out_of_git(checkout):
     folder, call = checkout
     assert not call("git", "status", "--porcelain")
-    paths = sorted(folder.glob("notebooks/*.ipynb"))
-    for path in paths:
-        # Nothing but what Jupyter puts into a notebook that is run and saved.
-        notebook = nbformat.read(path, as_version=4)
-        notebook.metadata.language_info |= {
-            "codemirror_mode": {"name": "ipython", "version": 3},
-            "file_extension": ".py",
-            "mimetype": "text/x-python",
-            "nbconvert_exporter": "python",
-            "pygments_lexer": "ipython3",
-            "version": "3.13.1",
-        }
-        notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
-        for number, cell in enumerate(notebook.cells, 1):
-            cell.metadata |= {"collapsed": True, "editable": True, "slideshow": {"slide_type": ""}}
-            if cell.cell_type == "code":
-                cell.execution_count = number
-                cell.metadata |= {"scrolled": True, "jupyter": {"source_hidden": True}}
-                cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
-                cell.outputs = [nbformat.v4.new_output("stream", text="a secret\n")]
-        nbformat.write(notebook, path)
+    (path,) = folder.glob("notebooks/*.ipynb")
+    # Nothing but what Jupyter puts into a notebook that is run and saved.
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.language_info |= {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.13.1",
+    }
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.metadata |= {"collapsed": True, "editable": True, "slideshow": {"slide_type": ""}}
+        if cell.cell_type == "code":
+            cell.execution_count = number
+            cell.metadata |= {"scrolled": True, "jupyter": {"source_hidden": True}}
+            cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+            cell.outputs = [nbformat.v4.new_output("stream", text="a secret\n")]
+    nbformat.write(notebook, path)
     assert not call("git", "diff")
     call("git", "add", ".")
     assert not call("git", "status", "--porcelain")
-    paths[0].write_text(paths[0].read_text().replace("# The data set", "# Another title"))
+    path.write_text(path.read_text().replace("# The data set", "# Another title"))
     changes = call("git", "diff", "--unified=0")
     assert "Another title" in changes
     assert "a secret" not in changes

@@ -72,6 +72,20 @@ def test_a_disk_that_says_it_is_full_is_reported(tmp_path):
         runs.write_atomically(tmp_path / "file", OLD)
 
 
+def test_a_file_is_not_replaced_by_who_may_no_longer(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+
+    def check() -> None:
+        path.write_bytes(b"its successor's")
+        raise PermissionError("relieved")
+
+    with pytest.raises(PermissionError, match="relieved"):
+        runs.write_atomically(path, b"new", owner=".1", check=check)
+    assert path.read_bytes() == b"its successor's"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"], "nothing else is left"
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "file"
     for content in (OLD, b"", bytes(100_000)):
