@@ -1255,23 +1255,29 @@ def _number(value: Any) -> str:
 class _NotebookFigure(Figure):
     """A figure that a notebook shows as it is saved, without pyplot and its cropping."""
 
+    _png: bytes | None = None
+
     def savefig(self, fname: str | Path | io.BytesIO, **settings: object) -> None:
         """Save; a PNG as small as can be, which for a chart means a palette of 256 colours."""
         to_png = isinstance(fname, io.BytesIO) or Path(fname).suffix.lower() == ".png"
         if settings or not to_png:
             super().savefig(fname, **settings)
-            return
-        drawn = io.BytesIO()
-        super().savefig(drawn)
-        image = Image.open(drawn).convert("RGB")
-        if not any(axes.images for axes in self.axes):
-            image = image.quantize(256, dither=Image.Dither.NONE)
-        image.save(fname, "PNG", optimize=True, dpi=(DPI, DPI))
+        elif isinstance(fname, io.BytesIO):
+            fname.write(self._repr_png_())
+        else:
+            Path(fname).write_bytes(self._repr_png_())
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.savefig(file)
-        return file.getvalue()
+        if self._png is None or self.stale:
+            self.canvas.draw()
+            image = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
+            if not any(axes.images for axes in self.axes):
+                image = image.quantize(256, dither=Image.Dither.NONE)
+            file = io.BytesIO()
+            image.save(file, "PNG", optimize=True, dpi=(DPI, DPI))
+            # What is changed from now on makes it stale again.
+            self._png, self.stale = file.getvalue(), False
+        return self._png
 
 
 def _figure(width: float, height: float, layout: str | None = None) -> Figure:

@@ -102,8 +102,9 @@ def open_notebook(
             "console",
             lambda message: message.type == "error" and complaints.append(message.text),
         )
-        where = f"{jupyterlab.address}/lab/tree/notebooks/{path.name}"
-        page.goto(f"{where}?reset&token={jupyterlab.token}")
+        # In a workspace of its own, in which nothing is open yet.
+        where = f"{jupyterlab.address}/lab/workspaces/{path.stem}/tree/notebooks/{path.name}"
+        page.goto(f"{where}?token={jupyterlab.token}")
         opened = Notebook(page, path)
         try:
             # The kernel may be idle before the cells are there.
