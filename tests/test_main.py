@@ -222,8 +222,9 @@ def test_evaluate_without_validation_images_ends_with_code_2(synthetic, tmp_path
 
 
 STUDY = """\
-recipe: seed
-choices: {dataset: synthetic, augmentation: none, train_size: 100, validation_size: 100, epochs: 3}
+recipe: fast
+choices: {dataset: synthetic, protocol: holdout, train_size: 100, validation_size: 100, epochs: 3,
+  image_sizes: [12], model: airbench}
 parameters:
   batch_size: [10, 50]
 repeat_best: {points: 1, seeds: 3}
@@ -235,7 +236,7 @@ def test_a_dry_run_lists_the_trials_and_estimates_their_time(synthetic, tmp_path
     study.write_text(STUDY, encoding="utf-8")
     assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out"), "--dry-run"]) == 0
     first, *trials, last = capsys.readouterr().out.splitlines()
-    assert first == "small: 4 trials of the recipe seed"
+    assert first == "small: 4 trials of the recipe fast"
     assert re.match(r" +0  batch size 10, seed 0: 30 steps of \d+ ms, \d+:\d\d$", trials[0])
     assert re.match(r" +1  batch size 50, seed 0: 6 steps of \d+ ms, \d+:\d\d$", trials[1])
     assert [trial.split()[0] for trial in trials] == ["0", "1", "repeat", "repeat"]

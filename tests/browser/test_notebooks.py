@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -102,13 +103,24 @@ def open_notebook(
             "console",
             lambda message: message.type == "error" and complaints.append(message.text),
         )
+        api = f"{jupyterlab.address}/api/sessions"
+        headers = {"Authorization": f"token {jupyterlab.token}"}
+
+        def sessions() -> list[dict]:
+            return context.request.get(api, headers=headers).json()
+
         # In a workspace of its own, in which nothing is open yet.
         where = f"{jupyterlab.address}/lab/workspaces/{path.stem}/tree/notebooks/{path.name}"
         page.goto(f"{where}?token={jupyterlab.token}")
         opened = Notebook(page, path)
         try:
-            # The kernel may be idle before the cells are there.
+            # The kernel may be idle before the cells are there, and is shown to be before the page
+            # has reached it; what it is told to run then is lost.
             expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(notebook.cells))
+            deadline = time.monotonic() + PATIENCE
+            while not any(session["kernel"]["connections"] for session in sessions()):
+                assert time.monotonic() < deadline, "the page does not reach its kernel"
+                page.wait_for_timeout(100)
             opened.wait_until_idle()
             yield opened
             assert not complaints
@@ -116,10 +128,8 @@ def open_notebook(
             page.screenshot(path=artefacts / f"{path.stem}-failed.png")
             raise
         finally:
-            headers = {"Authorization": f"token {jupyterlab.token}"}
-            sessions = f"{jupyterlab.address}/api/sessions"
-            for session in context.request.get(sessions, headers=headers).json():
-                context.request.delete(f"{sessions}/{session['id']}", headers=headers)
+            for session in sessions():
+                context.request.delete(f"{api}/{session['id']}", headers=headers)
             context.close()
 
     return opened
