@@ -184,7 +184,8 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
         metrics=["accuracy"],
         jit_compile=backend.jit_compile(),
     )
-    # Else the first step makes the metrics' variables, and TensorFlow traces it twice.
+    # Else the first step makes these variables, and TensorFlow traces it twice.
+    optimizer.build(model.trainable_variables)
     scores = np.full((1, model.output_shape[-1]), 0.5, np.float32)
     labels = scores if recipe.soft_labels else np.zeros(1, np.int64)
     model.compute_metrics(None, labels, scores)
@@ -436,7 +437,6 @@ class Recorder(keras.callbacks.Callback):
 
     def _restored(self) -> bool:
         """Whether the run goes on from a checkpoint, which is then loaded."""
-        self.model.optimizer.build(self.model.trainable_variables)
         if not self.checkpoint.exists():
             return False
         arrays = runs.read_arrays(self.checkpoint)

@@ -223,8 +223,8 @@ def test_evaluate_without_validation_images_ends_with_code_2(synthetic, tmp_path
 
 STUDY = """\
 recipe: fast
-choices: {dataset: synthetic, protocol: holdout, train_size: 100, validation_size: 100, epochs: 3,
-  image_sizes: [12], model: airbench}
+choices: {dataset: synthetic, protocol: holdout, train_size: 300, validation_size: 100, epochs: 1,
+  image_sizes: [12], model: airbench, optimizer: sgd}
 parameters:
   batch_size: [10, 50]
 repeat_best: {points: 1, seeds: 3}
@@ -249,7 +249,8 @@ def test_a_dry_run_counts_the_steps_at_every_image_size(synthetic, tmp_path, cap
     study.write_text(
         "recipe: fast\nchoices: {dataset: synthetic, protocol: holdout, train_size: 100, "
         "validation_size: 100, batch_size: 50, epochs: 3, image_sizes: [12, 16], "
-        "model: airbench}\nvariants: {all: {}}\nrepeat_best: {points: 1, seeds: 2}\n",
+        "model: airbench, optimizer: sgd}\nvariants: {all: {}}\n"
+        "repeat_best: {points: 1, seeds: 2}\n",
         encoding="utf-8",
     )
     assert main(["sweep", str(study), "--studies-dir", str(tmp_path / "out"), "--dry-run"]) == 0
