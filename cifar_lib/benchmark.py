@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import logging
 import math
 import multiprocessing
@@ -18,7 +19,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +231,23 @@ def run(
 
 
 def _write(out: Path, content: Mapping[str, Any]) -> pd.DataFrame:
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "benchmark.json", content)
     table = pd.DataFrame(content["throughput"])
-    runs.write_atomically(out / "benchmark.csv", table.to_csv(index=False).encode())
     machine = next(iter(content["environments"].values()))
     title = f"Training speed: {machine['processor']}, {machine['threads']} threads"
     whole = table.drop_duplicates(["recipe", "backend", "precision"], keep="last")
-    figures.training_speed(whole, title).savefig(out / "benchmark.png")
+    picture = io.BytesIO()
+    figures.training_speed(whole, title).savefig(picture)
+    files = {
+        "benchmark.json": runs.as_json(content),
+        "benchmark.csv": table.to_csv(index=False).encode(),
+        "benchmark.png": picture.getvalue(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    # By a thread, which Ctrl-C does not reach: no two files are of different rounds.
+    with ThreadPoolExecutor(1) as pool:
+        written = [pool.submit(runs.write_atomically, out / name, files[name]) for name in files]
+        for future in written:
+            future.result()
     return table
 
 
