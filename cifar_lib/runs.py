@@ -260,7 +260,8 @@ def write_atomically(
     Raises:
         RunError: the disk is full; `path` is as it was.
     """
-    # A fixed name: what a killed process left is written over, and `opened` sweeps it up.
+    # Without an owner a fixed name: what a killed process left is written over, and `opened`
+    # sweeps it up.
     partial = path.with_name(f".{path.name}{owner}{PARTIAL}")
     try:
         with partial.open("wb") as file:
