@@ -35,13 +35,13 @@ MARK = "CIFAR_LIB_TEST_PLACE"
 TRIAL = """\
 recipe: fast
 cores_per_trial: 1
-choices: {dataset: synthetic, protocol: holdout, train_size: 100, validation_size: 100,
-  batch_size: 50, epochs: 4, image_sizes: [12], augmentation: none, model: airbench,
-  optimizer: sgd, precision: float32}
+choices: {dataset: synthetic, classes: [wide_level_stripes_red_cyan, narrow_rings_red_cyan],
+  protocol: holdout, train_size: 20, validation_size: 10, batch_size: 10, epochs: 4,
+  image_sizes: [12], augmentation: none, model: airbench, optimizer: sgd, precision: float32}
 """
 STUDIES = {
     "grid": TRIAL + "parameters: {learning_rate: [0.0001, 0.001, 0.003]}\n",
-    "random": TRIAL.replace("protocol: holdout", "protocol: deck, test_size: 100")
+    "random": TRIAL.replace("protocol: holdout", "protocol: deck, test_size: 10")
     + """\
 parameters: {learning_rate: {low: 1e-4, high: 1e-2, log: true}}
 search: random
