@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import PATIENCE, JupyterLab
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from cifar_lib import ROOT
 
@@ -78,8 +78,17 @@ class Notebook:
 
 
 @pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """What all notebooks are opened in: JupyterLab's scripts are fetched and compiled once."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(1000 * PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture(scope="module")
 def open_notebook(
-    browser: Browser, jupyterlab: JupyterLab, artefacts: Path
+    context: BrowserContext, jupyterlab: JupyterLab, artefacts: Path
 ) -> Callable[..., AbstractContextManager[Notebook]]:
     """Opens a copy of a notebook with other values of its parameters; `name` is the copy's."""
 
@@ -94,8 +103,6 @@ def open_notebook(
             line = re.compile(rf"^({parameter}: \w+ = ).+?(  # )", re.MULTILINE)
             cell.source = line.sub(rf"\g<1>{value!r}\g<2>", cell.source)
         nbformat.write(notebook, path)
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        context.set_default_timeout(1000 * PATIENCE)
         page = context.new_page()
         complaints = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -130,7 +137,7 @@ def open_notebook(
         finally:
             for session in sessions():
                 context.request.delete(f"{api}/{session['id']}", headers=headers)
-            context.close()
+            page.close()
 
     return opened
 
