@@ -797,8 +797,7 @@ def test_another_backend_trains_and_resumes(name, synthetic, tmp_path):
     }
     # JAX takes no numbers that need more than 32 bits; a seed may. Batches of one size are compiled
     # once.
-    choices = SMALL | TINY | {"schedule": "cosine", "seed": 2**40, "batch_size": 24}
-    recipe = recipes.get("seed", **choices)
+    recipe = make_recipe("seed").replace(seed=2**40, batch_size=24)
     killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
     with started(command(recipe, killed), log, env=environment) as process:
         wait_for(process, lambda: epochs_stored(killed) == 1, log)
