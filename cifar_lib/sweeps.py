@@ -400,7 +400,9 @@ def _cluster(study: Study, scheduler: str | None) -> Iterator[Client]:
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
         memory_limit=None,
-        silence_logs=logging.CRITICAL,
+        # Above all of Dask's levels: on Ctrl-C its scheduler may have an epoch to tell of and no
+        # client any more, of which it writes a traceback.
+        silence_logs=logging.CRITICAL + 1,
     )
     with cluster, Client(cluster, set_as_default=False) as client:
         client.register_worker_callbacks(trials.leave_ctrl_c)

@@ -119,7 +119,7 @@ def test_every_page_stands_on_every_screen(index, page, faults, scheme, artefact
             page.set_viewport_size({"width": width, "height": 900})
             page.goto(path.as_uri(), wait_until="load")
             where = f"{path.name}, {screen}, {scheme}"
-            page.screenshot(path=kept / f"{path.stem}-{screen}-{scheme}.png", full_page=True)
+            page.screenshot(path=kept / f"{path.stem}-{screen}-{scheme}.jpg", full_page=True)
             if screen == "desktop":
                 page.evaluate(UNFOLD)
             overflow = page.evaluate(OVERFLOW)
