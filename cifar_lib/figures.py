@@ -21,8 +21,10 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, Power
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.path import get_path_collection_extents
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
 from cifar_lib.evaluation import wilson_interval
@@ -1289,7 +1291,11 @@ def _figure(width: float, height: float, layout: str | None = None) -> Figure:
 
 
 def _text_width(text: str, size: float) -> float:
-    return TextPath((0, 0), text, size=size).get_extents().width * DPI / 72 if text else 0
+    if not text:
+        return 0
+    # The path's own `get_extents` finds the same in ten times the time.
+    path, unmoved = TextPath((0, 0), text, size=size), IdentityTransform()
+    return get_path_collection_extents(unmoved, [path], [], [(0, 0)], unmoved).width * DPI / 72
 
 
 def _wrap(text: str, width: float, size: float) -> list[str]:

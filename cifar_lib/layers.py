@@ -14,13 +14,19 @@ from cifar_lib.backend import keras
 ops = keras.ops
 
 
+def _slow_in_keras(inputs) -> bool:
+    """Whether Keras' own convolution and ELU are: in float32 they are not, see benchmarks/."""
+    bfloat16 = keras.backend.standardize_dtype(inputs.dtype) == "bfloat16"
+    return bfloat16 and backend.on_tensorflow_cpu()
+
+
 @keras.saving.register_keras_serializable("cifar_lib")
 class Conv2D(keras.layers.Conv2D):
-    """Keras' convolution, with a faster gradient of the filters where TensorFlow uses a CPU."""
+    """Keras' convolution, in bfloat16 on TensorFlow's CPU with a faster gradient of the filters."""
 
     def convolution_op(self, inputs, kernel):
         plain = (self.strides, self.dilation_rate, self.groups) == ((1, 1), (1, 1), 1)
-        if plain and self.data_format == "channels_last" and backend.on_tensorflow_cpu():
+        if plain and self.data_format == "channels_last" and _slow_in_keras(inputs):
             return backend.convolution(inputs, kernel, self.padding)
         return super().convolution_op(inputs, kernel)
 
@@ -53,7 +59,7 @@ def silu(inputs):
 @keras.saving.register_keras_serializable("cifar_lib")
 def elu(inputs):
     """x above 0, else exp(x) - 1: Clevert, Unterthiner & Hochreiter 2015, arXiv 1511.07289."""
-    return backend.elu(inputs) if backend.on_tensorflow_cpu() else ops.elu(inputs)
+    return backend.elu(inputs) if _slow_in_keras(inputs) else ops.elu(inputs)
 
 
 #: Activations by name: those of `recipes.ACTIVATIONS`.

@@ -41,9 +41,10 @@ from cifar_lib.recipes import Recipe
 
 SMALL = {
     "dataset": "synthetic",
-    "train_size": 48,
-    "validation_size": 50,
-    "test_size": 50,
+    "train_size": 24,
+    "validation_size": 25,
+    "test_size": 25,
+    "batch_size": 16,
     "epochs": 3,
     "learning_rate": 1e-4,
 }
@@ -285,7 +286,7 @@ def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_
     fast |= {"optimizer": "muon", "filter_learning_rate": 0.1, "label_smoothing": 0.2}
     fast |= {"schedule": "linear", "warmup": 0.25, "weight_decay": 5e-3, "precision": LOWEST}
     fast |= {"mixing": "cutmix", "weight_averaging": 0.6}
-    sizes = {"learning_rate": 0.5, "batch_size": 20, "epochs": 6, "early_stopping_patience": 5}
+    sizes = {"learning_rate": 0.5, "batch_size": 10, "epochs": 6, "early_stopping_patience": 5}
     recipe = recipes.get("seed", **SMALL | fast | sizes)
     folder, log = tmp_path / "killed", tmp_path / "log"
     # It is killed where the size changes, so that it continues with the second, then the third.
@@ -301,7 +302,7 @@ def test_a_run_of_several_image_sizes_ends_as_an_undisturbed_one(synthetic, tmp_
     assert whole.metrics["validation"]["loss"] == pytest.approx(losses.min(), rel=1e-2)
 
 
-TINY = {"model": "airbench", "augmentation": "crop_flip", "precision": "float32", "batch_size": 16}
+TINY = {"model": "airbench", "augmentation": "crop_flip", "precision": "float32"}
 
 
 def test_the_button_stops_after_the_epoch_and_the_same_cell_continues(
@@ -352,7 +353,7 @@ AVERAGED = {
     "filter_learning_rate": 0.1,
     "learning_rate": 0.5,
     "precision": "float32",
-    "batch_size": 24,
+    "batch_size": 12,
     "image_sizes": (12, 12, 14),
     "mixing": "cutmix",
 }
@@ -431,7 +432,7 @@ def test_the_history_and_the_numbers_are_those_of_the_protocol(name, undisturbed
     assert (history["train_seconds"] > 0).all()
 
     assert metrics["parameters"] == 6_777_060
-    assert metrics["train_images"] == 48
+    assert metrics["train_images"] == 24
     assert metrics["epochs_run"] == len(history)
     assert metrics["stopped"] == (None if len(history) == run.recipe.epochs else "early stopping")
     assert ("validation" in metrics) == (protocol == "holdout")
@@ -457,8 +458,8 @@ def test_the_history_and_the_numbers_are_those_of_the_protocol(name, undisturbed
     assert set(predictions) == {f"{split}_{kind}" for split in tested for kind in kinds}
     for split in tested:
         probabilities, labels = (predictions[f"{split}_{kind}"] for kind in kinds[:2])
-        assert probabilities.shape == (50, 100) and probabilities.dtype == np.float32
-        assert metrics[split]["images"] == 50
+        assert probabilities.shape == (25, 100) and probabilities.dtype == np.float32
+        assert metrics[split]["images"] == 25
         assert metrics[split]["accuracy"] == np.mean(probabilities.argmax(1) == labels)
         np.testing.assert_array_equal(labels, getattr(splits, split).fine_labels)
         np.testing.assert_array_equal(
@@ -797,7 +798,7 @@ def test_another_backend_trains_and_resumes(name, synthetic, tmp_path):
     }
     # JAX takes no numbers that need more than 32 bits; a seed may. Batches of one size are compiled
     # once.
-    recipe = make_recipe("seed").replace(seed=2**40, batch_size=24)
+    recipe = make_recipe("seed").replace(seed=2**40, batch_size=12)
     killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
     with started(command(recipe, killed), log, env=environment) as process:
         wait_for(process, lambda: epochs_stored(killed) == 1, log)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cifar_lib import ROOT, data, explorers, recipes, reports, runs, workflows
 
-TINY = {"train_size": 128, "validation_size": 100, "test_size": 400, "epochs": 2}
+TINY = {"train_size": 100, "validation_size": 100, "test_size": 200, "epochs": 2}
 
 
 @pytest.fixture(scope="module")

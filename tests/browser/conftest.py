@@ -1,6 +1,7 @@
-"""What the tests in a browser share: one Chromium, one JupyterLab, and a place for what they leave.
+"""What the tests in a browser share: a Chromium, a JupyterLab, and a place for what they leave.
 
-`make test-browser` runs them; screenshots and the server's log stay in `runs/browser/`.
+`make test-browser` runs notebooks and pages side by side, each with a Chromium of its own;
+screenshots and the server's log stay in `runs/browser/`.
 """
 
 import json
@@ -36,10 +37,10 @@ PATIENCE = 180
 expect.set_options(timeout=1000 * PATIENCE)
 
 
-@pytest.fixture(scope="session")
-def artefacts() -> Path:
-    """The folder of screenshots and of the server's log, empty at first."""
-    folder = ROOT / "runs" / "browser"
+@pytest.fixture(scope="module")
+def artefacts(request: pytest.FixtureRequest) -> Path:
+    """A module's folder for screenshots and the server's log, empty at first."""
+    folder = ROOT / "runs" / "browser" / request.path.stem.removeprefix("test_")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -57,19 +58,19 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def small_report(
     browser: Browser, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Future]:
     """Becomes the index of a report on two runs of the stand-in, made by the command line.
 
-    It is begun before the first test, whichever that is, and made while notebooks are operated.
+    It is made while the report that is committed is looked at.
     """
     folder = tmp_path_factory.mktemp("small-report")
     runs, out = folder / "runs", folder / "report"
 
     def make() -> Path:
-        small = ["--train-size=200", "--validation-size=100", "--test-size=200", "--epochs=1"]
+        small = ["--train-size=100", "--validation-size=100", "--test-size=100", "--epochs=1"]
         train = ["train", "quick", "--dataset=synthetic", *small, f"--runs-dir={runs}"]
         report = ["report", f"--runs-dir={runs}", f"--out={out}"]
         for command in ([*train, "--seed=0"], [*train, "--seed=1"], report):
@@ -108,7 +109,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def jupyterlab(
     workplace: Path, artefacts: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[JupyterLab]:

@@ -132,7 +132,7 @@ def open_notebook(
             yield opened
             assert not complaints
         except BaseException:
-            page.screenshot(path=artefacts / f"{path.stem}-failed.png")
+            page.screenshot(path=artefacts / f"{path.stem}-failed.jpg")
             raise
         finally:
             for session in sessions():
@@ -164,7 +164,7 @@ def run_notebook(
             notebook.page.wait_for_function(ENDED)
             notebook.wait_until_idle()
             saved = notebook.save()
-            notebook.photograph(artefacts / f"{stem}.png")
+            notebook.photograph(artefacts / f"{stem}.jpg")
             code = [cell for cell in saved.cells if cell.cell_type == "code"]
             outputs = [output for cell in code for output in cell.outputs]
             assert not [output for output in outputs if output.output_type == "error"]
@@ -180,7 +180,7 @@ def run_notebook(
 @pytest.fixture(scope="module")
 def trained(run_notebook: Callable[..., AbstractContextManager[Notebook]]) -> None:
     """A run of the stand-in, trained by `04_train`."""
-    small = {"train_size": 200, "validation_size": 100, "test_size": 200, "epochs": 2}
+    small = {"train_size": 100, "validation_size": 100, "test_size": 100, "epochs": 2}
     with run_notebook("04_train", recipe="quick", dataset="synthetic", **small):
         pass
 
@@ -214,7 +214,7 @@ def test_04_train(trained):
 
 
 def test_04_train_is_stopped_and_continued(open_notebook):
-    long = {"train_size": 400, "test_size": 100, "epochs": 3}
+    long = {"train_size": 128, "test_size": 100, "epochs": 4}
     chosen = {"recipe": "quick", "dataset": "synthetic", "protocol": "final", **long}
     with open_notebook("04_train", "stopped", **chosen, run_name="stopped") as notebook:
         notebook.choose("Run", "Run All Cells")
