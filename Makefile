@@ -81,8 +81,9 @@ clean: ## Delete .venv and caches; runs/ and the data stay
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +
 	@if [ -e .git ]; then git config --remove-section filter.nbstripout 2>/dev/null || true; fi
 
-# pip would compile on one core, for as long as all else that it does takes. What does not compile is
-# for another Python, and not imported.
+# requirements.txt names all that is needed: pip need not look for more. It would compile on one core,
+# for as long as all else that it does takes. What does not compile is for another Python, and not
+# imported.
 $(VENV)/.ready: requirements.txt pyproject.toml
 	@if ! $(RUN) -c '$(SUPPORTED)' 2>/dev/null; then \
 	    python=; \
@@ -106,7 +107,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	    echo "Making $(VENV) with $$($$python --version)"; \
 	    $$python -m venv --clear $(VENV) || exit 1; \
 	fi
-	$(RUN) -m pip install --no-compile -r requirements.txt
+	$(RUN) -m pip install --no-deps --no-compile -r requirements.txt
 	$(RUN) -m compileall -q -j 0 $(VENV)/lib || true
 	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@

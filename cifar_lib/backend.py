@@ -103,8 +103,9 @@ MOST_PIXELS_FOR_PRODUCTS = 64
 def convolution(inputs, kernel, padding: str):
     """A convolution (N, H, W, I) * (height, width, I, O) on TensorFlow, without strides.
 
-    On small maps, oneDNN computes the gradient of the filters in bfloat16 slower than a product of
-    matrices does (`results/benchmarks/operations.json`), and computes that of the padding, too.
+    On small maps, oneDNN computes the gradient of the filters in bfloat16, and without AVX-512 in
+    float32, too, slower than a product of matrices does (`benchmarks/operations.py`), and computes
+    that of the padding, too.
     """
     import tensorflow as tf
 
@@ -278,9 +279,18 @@ def resolve_precision(precision: str) -> str:
             capability = tf.config.experimental.get_device_details(gpu).get("compute_capability")
             return "bfloat16" if capability and capability >= (8, 0) else "float32"
         return "bfloat16"
-    flags = Path("/proc/cpuinfo")
-    native = flags.exists() and re.search(r"avx512_bf16|amx_bf16", flags.read_text())
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if _processor_has("avx512_bf16|amx_bf16") else "float32"
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the processor is known to compute with 512 bits at a time."""
+    return _processor_has("avx512f")
+
+
+def _processor_has(flags: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and bool(re.search(rf"\b({flags})\b", cpuinfo.read_text()))
 
 
 def device() -> str:

@@ -225,8 +225,11 @@ def run(
             measured = {b: environments[b] for b in environments if b not in processes.failures}
             content = {"seconds": seconds, "rounds": number + 1, "environments": measured}
             content |= {"failures": processes.failures, "throughput": rows}
-            # After every round, so that an interruption leaves what the finished ones found.
-            table = _write(out, content)
+            # After every round, so that an interruption leaves what the finished ones found. By a
+            # thread, which Ctrl-C does not reach: no two files are of different rounds, and Ctrl-C
+            # is not lost in a callback of matplotlib's, where Python ignores all exceptions.
+            with ThreadPoolExecutor(1) as pool:
+                table = pool.submit(_write, out, content).result()
     return table
 
 
@@ -243,11 +246,8 @@ def _write(out: Path, content: Mapping[str, Any]) -> pd.DataFrame:
         "benchmark.png": picture.getvalue(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    # By a thread, which Ctrl-C does not reach: no two files are of different rounds.
-    with ThreadPoolExecutor(1) as pool:
-        written = [pool.submit(runs.write_atomically, out / name, files[name]) for name in files]
-        for future in written:
-            future.result()
+    for name, file in files.items():
+        runs.write_atomically(out / name, file)
     return table
 
 

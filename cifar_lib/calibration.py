@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 from cifar_lib import recipes
 from cifar_lib.runs import RunError
@@ -416,7 +416,7 @@ def _margins(results: Results, table: pd.DataFrame) -> tuple[np.ndarray, str]:
             f"{_in_points(math.sqrt(variance))} (pooled over "
             f"{_counted(len(repeated), 'point')} with more than one seed)."
         )
-        return stats.t.ppf(0.975, freedom) * errors.to_numpy(), reason
+        return stdtrit(freedom, 0.975) * errors.to_numpy(), reason
     images = results.validation_images
     errors = _standard_error(table["val_accuracy"].to_numpy(), images)
     reason = (
@@ -424,7 +424,7 @@ def _margins(results: Results, table: pd.DataFrame) -> tuple[np.ndarray, str]:
         f"the {images:,} validation images alone gives an accuracy a standard error of "
         f"{_in_points(errors[0])} (binomial)."
     )
-    return stats.norm.ppf(0.975) * np.hypot(errors, errors[0]), reason
+    return ndtri(0.975) * np.hypot(errors, errors[0]), reason
 
 
 def _edges(results: Results) -> list[str]:

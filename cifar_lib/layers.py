@@ -14,19 +14,24 @@ from cifar_lib.backend import keras
 ops = keras.ops
 
 
-def _slow_in_keras(inputs) -> bool:
-    """Whether Keras' own convolution and ELU are: in float32 they are not, see benchmarks/."""
+def _slow_elu(inputs) -> bool:
+    """Whether Keras' own is slow: benchmarks/operations.py."""
     bfloat16 = keras.backend.standardize_dtype(inputs.dtype) == "bfloat16"
     return bfloat16 and backend.on_tensorflow_cpu()
 
 
+def _slow_convolution(inputs) -> bool:
+    """Whether the gradient of its filters is: with AVX-512 it is not in float32."""
+    return _slow_elu(inputs) or (backend.on_tensorflow_cpu() and not backend.has_avx512())
+
+
 @keras.saving.register_keras_serializable("cifar_lib")
 class Conv2D(keras.layers.Conv2D):
-    """Keras' convolution, in bfloat16 on TensorFlow's CPU with a faster gradient of the filters."""
+    """Keras' convolution, with a faster gradient of the filters where TensorFlow's CPU is slow."""
 
     def convolution_op(self, inputs, kernel):
         plain = (self.strides, self.dilation_rate, self.groups) == ((1, 1), (1, 1), 1)
-        if plain and self.data_format == "channels_last" and _slow_in_keras(inputs):
+        if plain and self.data_format == "channels_last" and _slow_convolution(inputs):
             return backend.convolution(inputs, kernel, self.padding)
         return super().convolution_op(inputs, kernel)
 
@@ -59,7 +64,7 @@ def silu(inputs):
 @keras.saving.register_keras_serializable("cifar_lib")
 def elu(inputs):
     """x above 0, else exp(x) - 1: Clevert, Unterthiner & Hochreiter 2015, arXiv 1511.07289."""
-    return backend.elu(inputs) if _slow_in_keras(inputs) else ops.elu(inputs)
+    return backend.elu(inputs) if _slow_elu(inputs) else ops.elu(inputs)
 
 
 #: Activations by name: those of `recipes.ACTIVATIONS`.

@@ -65,7 +65,7 @@ def eventually(condition: Callable[[], object], what: str, seconds: float = DEAD
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def read_page(address: str) -> bytes:
