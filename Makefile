@@ -112,7 +112,8 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# JAX is for the tests of KERAS_BACKEND=jax alone. The constraint keeps the pinned versions.
+# JAX is for the tests of KERAS_BACKEND=jax alone. The constraint keeps the pinned versions; '.[jax]'
+# would have pip look for all else again.
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(RUN) -m pip install --constraint requirements.txt --no-build-isolation --editable '.[jax]'
+	$(RUN) -m pip install --constraint requirements.txt $$(grep -o 'jax==[0-9.]*' pyproject.toml)
 	@touch $@
