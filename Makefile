@@ -32,7 +32,7 @@ help: ## Show this list
 
 setup: $(VENV)/.ready ## Make .venv and install everything in it (3.4 GB of disk)
 
-demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 6 minutes on 2 cores)
+demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 7 minutes on 2 cores)
 	$(RUN) -m cifar_lib demo $(ARGS)
 
 report: $(VENV)/.ready ## Make pages of all finished runs; only what changed is executed again
