@@ -289,8 +289,13 @@ def has_avx512() -> bool:
 
 
 def _processor_has(flags: str) -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(rf"\b({flags})\b", cpuinfo.read_text()))
+    return bool(re.search(rf"\b({flags})\b", _cpuinfo()))
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def device() -> str:
@@ -320,8 +325,7 @@ def describe(precision: str) -> dict:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    model = cpuinfo.exists() and re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+    model = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
     return model.group(1) if model else platform.processor()
 
 

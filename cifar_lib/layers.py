@@ -14,15 +14,10 @@ from cifar_lib.backend import keras
 ops = keras.ops
 
 
-def _slow_elu(inputs) -> bool:
-    """Whether Keras' own is slow: benchmarks/operations.py."""
+def _slow_in_keras(inputs, in_float32: bool = False) -> bool:
+    """Whether TensorFlow on a CPU is, in bfloat16 or also `in_float32` (benchmarks/)."""
     bfloat16 = keras.backend.standardize_dtype(inputs.dtype) == "bfloat16"
-    return bfloat16 and backend.on_tensorflow_cpu()
-
-
-def _slow_convolution(inputs) -> bool:
-    """Whether the gradient of its filters is: with AVX-512 it is not in float32."""
-    return _slow_elu(inputs) or (backend.on_tensorflow_cpu() and not backend.has_avx512())
+    return backend.on_tensorflow_cpu() and (bfloat16 or in_float32)
 
 
 @keras.saving.register_keras_serializable("cifar_lib")
@@ -31,7 +26,8 @@ class Conv2D(keras.layers.Conv2D):
 
     def convolution_op(self, inputs, kernel):
         plain = (self.strides, self.dilation_rate, self.groups) == ((1, 1), (1, 1), 1)
-        if plain and self.data_format == "channels_last" and _slow_convolution(inputs):
+        slow = _slow_in_keras(inputs, in_float32=not backend.has_avx512())
+        if plain and self.data_format == "channels_last" and slow:
             return backend.convolution(inputs, kernel, self.padding)
         return super().convolution_op(inputs, kernel)
 
@@ -64,7 +60,7 @@ def silu(inputs):
 @keras.saving.register_keras_serializable("cifar_lib")
 def elu(inputs):
     """x above 0, else exp(x) - 1: Clevert, Unterthiner & Hochreiter 2015, arXiv 1511.07289."""
-    return backend.elu(inputs) if _slow_elu(inputs) else ops.elu(inputs)
+    return backend.elu(inputs) if _slow_in_keras(inputs) else ops.elu(inputs)
 
 
 #: Activations by name: those of `recipes.ACTIVATIONS`.
