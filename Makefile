@@ -108,7 +108,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	    $$python -m venv --clear $(VENV) || exit 1; \
 	fi
 	$(RUN) -m pip install --no-deps --no-compile -r requirements.txt
-	$(RUN) -m compileall -q -j 0 $(VENV)/lib || true
+	$(RUN) -m compileall -q -j 0 $(VENV)/lib cifar_lib || true
 	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -17,6 +17,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -622,8 +623,14 @@ class Training:
         if history.empty:
             return
         title = f"{self.recipe.name}, {self.title}"
-        figure = figures.overlaid_curves({title: history}, title, self.recipe.epochs)
-        self.picture.value = _drawn(figure)
+
+        def drawn() -> bytes:
+            return _drawn(figures.overlaid_curves({title: history}, title, self.recipe.epochs))
+
+        # By a thread, which no interrupt of the kernel reaches: it would be lost in a callback of
+        # matplotlib's, where Python ignores all exceptions.
+        with ThreadPoolExecutor(1) as pool:
+            self.picture.value = pool.submit(drawn).result()
 
     def _stored(self) -> pd.DataFrame:
         there = (self.run_dir / "history.csv").exists()

@@ -1,6 +1,8 @@
 import datetime
 import io
 import re
+import signal
+import weakref
 
 import ipywidgets
 import numpy as np
@@ -409,6 +411,25 @@ def test_an_interrupted_kernel_says_how_to_continue(done, tmp_path, monkeypatch)
     with pytest.raises(explorers.StoppedError, match=message), explorer:
         assert bool(explorer.picture.value) == bool(done)  # what there is already
         raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_curves_are_drawn_is_not_lost(tmp_path, monkeypatch):
+    class Shape:
+        """Of matplotlib, which is told by weak references of what has gone."""
+
+    def drawn(figure) -> bytes:
+        shape = Shape()
+        told = weakref.ref(shape, lambda _: signal.raise_signal(signal.SIGINT))
+        del shape
+        return b"" if told() is None else b"still there"
+
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/04_train.ipynb")
+    explorer = explorers.Training(recipes.get("quick", epochs=5), tmp_path, "CIFAR-100")
+    with pytest.raises(explorers.StoppedError), explorer as watcher:
+        monkeypatch.setattr(explorers, "_drawn", drawn)
+        watcher.epoch_ended(pd.DataFrame({"epoch": [1], "accuracy": [0.1], "loss": [4.0]}))
 
 
 def test_progress_within_an_epoch_is_shown(tmp_path, monkeypatch):
