@@ -28,7 +28,7 @@ REFERENCE = {
     "seed-onecycle": [recipes.get("seed-onecycle")],
     "fast": [recipes.get("fast", seed=seed) for seed in range(3)],
     "fast in float32, without AVX-512": [recipes.get("fast", precision="float32")],
-    "accurate": [recipes.get("accurate", seed=seed) for seed in range(2)],
+    "accurate": [recipes.get("accurate", seed=seed) for seed in range(3)],
 }
 
 #: The networks that `weights/` publishes, by name: the recipe of each one's run.
