@@ -7,6 +7,7 @@ Dask, so a bad study is refused at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -50,6 +51,10 @@ class Values:
         if not self.values or len(set(self.values)) != len(self.values):
             raise StudyError(f"the values are {list(self.values)}; name each value once.")
 
+    @property
+    def first(self) -> Value:
+        return self.values[0]
+
     def grid(self) -> tuple[Value, ...]:
         return self.values
 
@@ -85,6 +90,10 @@ class Range:
             raise StudyError(f"low is {self.low}; with log: true it must be above 0.")
         if self.points is not None and (type(self.points) is not int or self.points < 2):
             raise StudyError(f"points is {self.points!r}; it must be a whole number, 2 or more.")
+
+    @property
+    def first(self) -> Value:
+        return self.low
 
     @property
     def integer(self) -> bool:
@@ -171,7 +180,9 @@ class Study:
     def base(self) -> Recipe:
         """The recipe of every trial, before the varied choices are set."""
         found = {name: value for best in self.found.values() for name, value in best.items()}
-        return recipes.get(self.recipe, **{**found, **self.choices})
+        first = {name: space.first for name, space in self.parameters.items()}
+        choices = {**found, **self.choices}
+        return _base(self.recipe, choices, choices_at(self.variants, first))
 
     def at(self, point: Mapping[str, Value], **choices: Value) -> Recipe:
         """The recipe of a point, with some choices more."""
@@ -226,6 +237,19 @@ def choices_at(
 ) -> Mapping[str, Value]:
     """The choices of a recipe that a point of a study is, which has these variants or none."""
     return variants[point["variant"]] if variants else point
+
+
+def _base(recipe: str, choices: Mapping[str, Value], first: Mapping[str, Value]) -> Recipe:
+    """A recipe with choices, and with the first values of what is varied if it needs them.
+
+    Its own may not go with the choices: a batch of 1,000 images with 200 to train on.
+    """
+    try:
+        return recipes.get(recipe, **choices)
+    except RecipeError:
+        with contextlib.suppress(RecipeError, TypeError):
+            return recipes.get(recipe, **{**first, **choices})
+        raise
 
 
 def load(path: Path | str) -> Study:
@@ -374,7 +398,7 @@ class _Reader:
         choices = _plain(written)
         try:
             # Test images are for the end, not for choosing.
-            self.base = recipes.get(recipe, **{"test_size": 0, **choices})
+            self.base = _base(recipe, {"test_size": 0, **choices}, self.first())
         except RecipeError as error:
             key = next((name for name in choices if name in str(error)), None)
             place = (self.content, "recipe") if key is None else (written, key)
@@ -386,6 +410,18 @@ class _Reader:
             )
             raise self.error(self.content, "recipe", message)
         return {"test_size": 0, **choices}
+
+    def first(self) -> dict[str, Value]:
+        """The first values of what is varied, as they are written."""
+        if "variants" in self.content:
+            choices = next(iter(_plain(self.content["variants"]).values()), {})
+            return choices if isinstance(choices, dict) else {}
+        first = {}
+        for name, value in _plain(self.content["parameters"]).items():
+            values = [value.get("low")] if isinstance(value, dict) else value
+            if isinstance(values, list) and values:
+                first[name] = recipes.NONE if values[0] is None else values[0]
+        return first
 
     def variants(self) -> dict[str, dict[str, Value]]:
         written, variants = self.content["variants"], {}

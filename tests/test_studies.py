@@ -309,6 +309,25 @@ def test_a_variant_is_a_set_of_choices(load):
     assert "variants" not in json.loads(load(GRID).to_json()), "as before there were any"
 
 
+@pytest.mark.parametrize(
+    "varied",
+    [
+        "parameters: {batch_size: [50, 200]}",
+        "parameters: {batch_size: {low: 50, high: 200, points: 2}}",
+        "variants: {small: {batch_size: 50}, large: {batch_size: 200}}",
+    ],
+)
+def test_what_is_varied_need_not_go_with_the_choices_as_the_recipe_has_it(varied, load):
+    few = "recipe: fast\nchoices: {protocol: holdout, train_size: 200}\n"
+    study = load(few + varied)
+    assert recipes.get("fast").batch_size > 200
+    assert [study.at(point).batch_size for point in study.points()] == [50, 200]
+    with pytest.raises(StudyError, match=r"line 3: .*batch_size is 300, more than the 200"):
+        load(few + varied.replace("200", "300"))
+    with pytest.raises(StudyError, match=r"line 1: batch_size is .*, more than the 200"):
+        load(few + "parameters: {learning_rate: [0.1]}")
+
+
 def test_numbers_are_numbers_however_they_are_written(load):
     text = "recipe: seed\nparameters:\n  learning_rate: [1e-4, 2E-3, 0.00_5, 1]\n  epochs: [1_0]\n"
     study = load(text)
