@@ -60,6 +60,7 @@ SECONDS_OF_SILENCE = 6.0
 SECONDS_TO_CLOSE = 1.0
 SECONDS_TO_FETCH = 60.0
 TRIAL_FOLDER = "{:04d}"
+TABLES = ("trials.csv", "histories.csv")
 STATES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -562,11 +563,12 @@ class _Driver:
         return study
 
     def _read_trials(self, study: optuna.Study) -> None:
-        """Take in the trials whose folders are there; Optuna may not have been told of the last."""
+        """Take in what is finished; Optuna may not have been told of the last."""
         for partial in self.trials_dir.glob(f"*{runs.PARTIAL}"):
             shutil.rmtree(partial)
         for partial in self.folder.glob(f".[!.]*{runs.PARTIAL}"):  # not a lease's
             partial.unlink()
+        self._read_tables(study)
         for path in sorted(self.trials_dir.glob("*/trial.json")):
             number = int(path.parent.name)
             self.records[number] = json.loads(path.read_text(encoding="utf-8"))
@@ -576,6 +578,19 @@ class _Driver:
             if number in self.interrupted:
                 self.interrupted.remove(number)
                 _tell(study, number, self.records[number])
+
+    def _read_tables(self, study: optuna.Study) -> None:
+        """Take in what the tables say, for trials whose folders were deleted to save room."""
+        files = [self.folder / name for name in TABLES]
+        if not all(file.exists() for file in files):
+            return
+        table, histories = (pd.read_csv(file, float_precision="round_trip") for file in files)
+        ended = [trial.number for trial in study.get_trials() if trial.state.is_finished()]
+        table = table.set_index("trial")
+        for number in table.index.intersection(ended):
+            self.records[number] = table.loc[number].dropna().to_dict()
+            history = histories[histories["trial"] == number]
+            self.histories[number] = history.drop(columns="trial").to_dict("records")
 
     def _enqueue_plan(self) -> None:
         """Enqueue what is known beforehand and not in the record yet."""
@@ -985,7 +1000,7 @@ class _Driver:
         for name in ("seed", "best_epoch", "epochs", "epochs_run", "train_images", "attempts"):
             table[name] = table[name].astype("Int64")
         history = pd.DataFrame(histories, columns=list(calibration.HISTORY_COLUMNS))
-        for name, content in (("trials.csv", table), ("histories.csv", history)):
+        for name, content in zip(TABLES, (table, history), strict=True):
             self.lease.replace(self.folder / name, content.to_csv(index=False).encode())
 
     def _describe_environment(self) -> None:

@@ -482,8 +482,11 @@ def _results_row(name: str, of_seeds: Sequence[recipes.Recipe], results: Path) -
         for file in ("metrics.json", "environment.json")
     )
     accuracies = [run["test"]["accuracy"] for run in metrics]
+    minutes = [run["train_seconds"] / 60 for run in metrics]
+    duration = f"{mean(minutes):.1f} minutes"
     if len(of_seeds) > 1:
         spread = f"{percent(min(accuracies))} to {percent(max(accuracies))}, {len(of_seeds)} seeds"
+        duration += f" ({min(minutes):.1f} to {max(minutes):.1f})"
     else:
         test = metrics[0]["test"]
         spread = f"{percent(test['accuracy_low'])} to {percent(test['accuracy_high'])}"
@@ -494,8 +497,8 @@ def _results_row(name: str, of_seeds: Sequence[recipes.Recipe], results: Path) -
         "accuracy": f"{percent(mean(accuracies))} ({spread})",
         "loss": f"{mean(run['test']['loss'] for run in metrics):.4f}",
         "top-5": percent(mean(run["test"]["top5_accuracy"] for run in metrics)),
-        "training": f"{mean(run['train_seconds'] for run in metrics) / 60:.1f} minutes on "
-        f"{environments[0]['threads']} cores in {environments[0]['precision']}",
+        "training": f"{duration} on {environments[0]['threads']} cores in "
+        f"{environments[0]['precision']}",
     }
     if "test_flip" in metrics[0]:
         row["with mirror images"] = percent(mean(run["test_flip"]["accuracy"] for run in metrics))

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from cifar_lib import ROOT, reports, runs
+from cifar_lib import ROOT, reports, runs, sweeps
 
 #: Only ever waited for in full when something is wrong.
 DEADLINE = 1800
@@ -544,6 +545,14 @@ def test_a_search_goes_on_after_impossible_points_and_repeats_the_best(made_up):
     assert set(table["state"][~impossible]) == {"complete"}
     best = table["val_accuracy"][:8].idxmax()
     assert table["learning_rate"][8] == table["learning_rate"][best]
+
+    # The folders of the trials may be deleted to save room: what is known of them stays.
+    folder = made_up.studies_dir / "exclusive"
+    tables = [(folder / name).read_text() for name in sweeps.TABLES]
+    shutil.rmtree(folder / "trials")
+    printed = made_up.make_up("exclusive").ends(0)
+    assert f"{(~impossible).sum()} complete, {impossible.sum()} failed, best val_acc" in printed
+    assert [(folder / name).read_text() for name in sweeps.TABLES] == tables
 
 
 @pytest.mark.parametrize(
