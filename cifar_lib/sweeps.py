@@ -585,12 +585,13 @@ class _Driver:
         if not all(file.exists() for file in files):
             return
         table, histories = (pd.read_csv(file, float_precision="round_trip") for file in files)
-        ended = [trial.number for trial in study.get_trials() if trial.state.is_finished()]
-        table = table.set_index("trial")
-        for number in table.index.intersection(ended):
-            self.records[number] = table.loc[number].dropna().to_dict()
-            history = histories[histories["trial"] == number]
-            self.histories[number] = history.drop(columns="trial").to_dict("records")
+        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        states = {trial.number: STATES[trial.state] for trial in ended}
+        for number, row in table.set_index("trial").iterrows():
+            if row["state"] == states.get(number):
+                self.records[number] = row.dropna().to_dict()
+                history = histories[histories["trial"] == number]
+                self.histories[number] = history.drop(columns="trial").to_dict("records")
 
     def _enqueue_plan(self) -> None:
         """Enqueue what is known beforehand and not in the record yet."""
