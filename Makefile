@@ -38,7 +38,7 @@ demo: $(VENV)/.ready ## Run the whole of it small, and write a report (2 to 7 mi
 report: $(VENV)/.ready ## Make pages of all finished runs; only what changed is executed again
 	$(RUN) -m cifar_lib report $(ARGS)
 
-test: $(VENV)/.ready-test ## Check the style and run the tests (15 to 30 minutes on 2 cores)
+test: $(VENV)/.ready-test ## Check the style and run the tests (10 to 30 minutes on 2 cores)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
