@@ -1,6 +1,7 @@
 """What the tests share: the data sets, read once, with caches of their own."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cifar_lib import data
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # As `cifar_lib.backend` does; some tests import TensorFlow before it, which then would not see it.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ("test_sweeps.py", "test_training.py")

@@ -76,8 +76,6 @@ def test_what_cannot_be_measured_ends_with_code_2(arguments, told, tmp_path, cap
 
 
 def test_ctrl_c_leaves_the_rounds_that_are_finished(tmp_path):
-    # A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-m", "cifar_lib", "benchmark", "quick", "--out", str(tmp_path)]
     options = ["--seconds", "0.1", "--rounds", "1000", "--backends", "tensorflow"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -423,8 +423,6 @@ def test_an_interrupt_while_the_curves_are_drawn_is_not_lost(tmp_path, monkeypat
         del shape
         return b"" if told() is None else b"still there"
 
-    # A shell starts what runs in the background with Ctrl-C ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/04_train.ipynb")
     explorer = explorers.Training(recipes.get("quick", epochs=5), tmp_path, "CIFAR-100")
     with pytest.raises(explorers.StoppedError), explorer as watcher:

@@ -434,8 +434,6 @@ class Scenario:
 
 @pytest.fixture(scope="module")
 def scenarios(synthetic, tmp_path_factory) -> Iterator[dict[str, Scenario]]:
-    # A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("sweeps")
 
     def play(scenario: Callable[[Place], object], place: Place) -> object:

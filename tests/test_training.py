@@ -211,8 +211,6 @@ PLANS: dict[str, Callable[[Disturber], object]] = {
 @pytest.fixture(scope="module")
 def disturbed(synthetic, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """For every recipe a future of its `Disturber`, after all its interruptions."""
-    # A shell starts what runs in the background with Ctrl-C ignored, and processes inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("disturbed")
     seed = random.SystemRandom().randrange(2**32)
 
