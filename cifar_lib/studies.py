@@ -52,8 +52,8 @@ class Values:
             raise StudyError(f"the values are {list(self.values)}; name each value once.")
 
     @property
-    def first(self) -> Value:
-        return self.values[0]
+    def ends(self) -> tuple[Value, ...]:
+        return self.values
 
     def grid(self) -> tuple[Value, ...]:
         return self.values
@@ -92,8 +92,8 @@ class Range:
             raise StudyError(f"points is {self.points!r}; it must be a whole number, 2 or more.")
 
     @property
-    def first(self) -> Value:
-        return self.low
+    def ends(self) -> tuple[Value, ...]:
+        return self.low, self.high
 
     @property
     def integer(self) -> bool:
@@ -178,11 +178,21 @@ class Study:
     trial_minutes: float = 720.0
 
     def base(self) -> Recipe:
-        """The recipe of every trial, before the varied choices are set."""
+        """The recipe of every trial, before the varied choices are set.
+
+        What the recipe has in their place may not go with the rest, a batch of 1,000 images with
+        200 to train on: then they have their first values.
+        """
         found = {name: value for best in self.found.values() for name, value in best.items()}
-        first = {name: space.first for name, space in self.parameters.items()}
         choices = {**found, **self.choices}
-        return _base(self.recipe, choices, choices_at(self.variants, first))
+        try:
+            return recipes.get(self.recipe, **choices)
+        except RecipeError:
+            first = {name: space.ends[0] for name, space in self.parameters.items()}
+            first = choices_at(self.variants, first)
+            with contextlib.suppress(RecipeError, TypeError):
+                return recipes.get(self.recipe, **{**first, **choices})
+            raise
 
     def at(self, point: Mapping[str, Value], **choices: Value) -> Recipe:
         """The recipe of a point, with some choices more."""
@@ -239,19 +249,6 @@ def choices_at(
     return variants[point["variant"]] if variants else point
 
 
-def _base(recipe: str, choices: Mapping[str, Value], first: Mapping[str, Value]) -> Recipe:
-    """A recipe with choices, and with the first values of what is varied if it needs them.
-
-    Its own may not go with the choices: a batch of 1,000 images with 200 to train on.
-    """
-    try:
-        return recipes.get(recipe, **choices)
-    except RecipeError:
-        with contextlib.suppress(RecipeError, TypeError):
-            return recipes.get(recipe, **{**first, **choices})
-        raise
-
-
 def load(path: Path | str) -> Study:
     """Read a study file.
 
@@ -284,7 +281,6 @@ class _Reader:
 
     def __init__(self, path: Path, content: Mapping) -> None:
         self.path, self.content = path, content
-        self.base: Recipe | None = None
 
     def study(self) -> Study:
         top = self.content
@@ -395,33 +391,8 @@ class _Reader:
             self.field(written, name)
             if name in self.content.get("parameters", {}):
                 raise self.error(written, name, f"{name} is varied, too; take it out here.")
-        choices = _plain(written)
-        try:
-            # Test images are for the end, not for choosing.
-            self.base = _base(recipe, {"test_size": 0, **choices}, self.first())
-        except RecipeError as error:
-            key = next((name for name in choices if name in str(error)), None)
-            place = (self.content, "recipe") if key is None else (written, key)
-            raise self.error(*place, str(error)) from error
-        if self.base.protocol == "final":
-            message = (
-                "the protocol 'final' has no validation images to choose by: add protocol: holdout "
-                "to choices."
-            )
-            raise self.error(self.content, "recipe", message)
-        return {"test_size": 0, **choices}
-
-    def first(self) -> dict[str, Value]:
-        """The first values of what is varied, as they are written."""
-        if "variants" in self.content:
-            choices = next(iter(_plain(self.content["variants"]).values()), {})
-            return choices if isinstance(choices, dict) else {}
-        first = {}
-        for name, value in _plain(self.content["parameters"]).items():
-            values = [value.get("low")] if isinstance(value, dict) else value
-            if isinstance(values, list) and values:
-                first[name] = recipes.NONE if values[0] is None else values[0]
-        return first
+        # Test images are for the end, not for choosing.
+        return {"test_size": 0, **_plain(written)}
 
     def variants(self) -> dict[str, dict[str, Value]]:
         written, variants = self.content["variants"], {}
@@ -435,10 +406,6 @@ class _Reader:
                 raise self.error(written, name, message)
             for key in choices:
                 self.field(choices, key, varied=True)
-            try:
-                self.base.replace(**_plain(choices))
-            except RecipeError as error:
-                raise self.error(written, name, str(error)) from error
             variants[str(name)] = _plain(choices)
         return variants
 
@@ -474,15 +441,9 @@ class _Reader:
                     )
                 if self.content.get("search", "grid") == "grid":
                     spaces[name].grid()
-                self.check_ends(name, spaces[name])
             except (RecipeError, TypeError) as error:
                 raise self.error(written, name, str(error)) from error
         return spaces
-
-    def check_ends(self, name: str, space: Values | Range) -> None:
-        ends = space.values if isinstance(space, Values) else (space.low, space.high)
-        for value in ends:
-            self.base.replace(**{name: value})
 
     def repeat_best(self, seeds: int) -> tuple[int, int]:
         written = self.content["repeat_best"]
@@ -496,9 +457,37 @@ class _Reader:
         points = self.scalar(written, "points", int, 1)
         return points, self.scalar(written, "seeds", int, seeds + 1)
 
+    def base(self, study: Study) -> Recipe:
+        written = self.content.get("choices", {})
+        try:
+            base = study.base()
+        except RecipeError as error:
+            key = next((name for name in written if name in str(error)), None)
+            place = (self.content, "recipe") if key is None else (written, key)
+            raise self.error(*place, str(error)) from error
+        if base.protocol == "final":
+            message = (
+                "the protocol 'final' has no validation images to choose by: add protocol: holdout "
+                "to choices."
+            )
+            raise self.error(self.content, "recipe", message)
+        return base
+
     def check(self, study: Study) -> None:
         """Refuse what only the parts together show."""
         top = self.content
+        base = self.base(study)
+        written = top["variants" if study.variants else "parameters"]
+        for name in written:
+            if study.variants:
+                alone = [study.variants[str(name)]]
+            else:
+                alone = [{name: value} for value in study.parameters[name].ends]
+            try:
+                for choices in alone:
+                    base.replace(**choices)
+            except (RecipeError, TypeError) as error:
+                raise self.error(written, name, str(error)) from error
         if study.search == "grid" and "trials" in top:
             raise self.error(top, "trials", "a grid has as many trials as points; take it out.")
         if study.search == "random" and study.trials is None:

@@ -568,7 +568,6 @@ class _Driver:
             shutil.rmtree(partial)
         for partial in self.folder.glob(f".[!.]*{runs.PARTIAL}"):  # not a lease's
             partial.unlink()
-        self._read_tables(study)
         for path in sorted(self.trials_dir.glob("*/trial.json")):
             number = int(path.parent.name)
             self.records[number] = json.loads(path.read_text(encoding="utf-8"))
@@ -578,15 +577,16 @@ class _Driver:
             if number in self.interrupted:
                 self.interrupted.remove(number)
                 _tell(study, number, self.records[number])
-
-    def _read_tables(self, study: optuna.Study) -> None:
-        """Take in what the tables say, for trials whose folders were deleted to save room."""
-        files = [self.folder / name for name in TABLES]
-        if not all(file.exists() for file in files):
-            return
-        table, histories = (pd.read_csv(file, float_precision="round_trip") for file in files)
         ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
         states = {trial.number: STATES[trial.state] for trial in ended}
+        self._read_tables({n: state for n, state in states.items() if n not in self.records})
+
+    def _read_tables(self, states: Mapping[int, str]) -> None:
+        """Take in trials that ended in these states, and whose folders were deleted since."""
+        files = [self.folder / name for name in TABLES]
+        if not states or not all(file.exists() for file in files):
+            return
+        table, histories = (pd.read_csv(file, float_precision="round_trip") for file in files)
         for number, row in table.set_index("trial").iterrows():
             if row["state"] == states.get(number):
                 self.records[number] = row.dropna().to_dict()
